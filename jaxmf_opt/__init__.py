@@ -1,0 +1,16 @@
+"""A small, exact, float64 L-BFGS inside larger JAX programs.
+
+Re-creates `jax_privacy.matrix_factorization.optimization` as a functional solver: a
+whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
+"""
+
+from ._callback import CallbackArgs as CallbackArgs
+from ._callback import CallbackFnType as CallbackFnType
+from ._custom_types import ParamT as ParamT
+from ._minimiser import LeanOptaxMinimiser as LeanOptaxMinimiser
+from ._minimiser import MinimiserState as MinimiserState
+from ._optimize import optimize as optimize
+from ._optimizer import DEFAULT_OPTIMIZER as DEFAULT_OPTIMIZER
+from ._x64 import jax_enable_x64 as jax_enable_x64
+
+__version__ = "0.1.0"

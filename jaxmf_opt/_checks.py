@@ -1,0 +1,106 @@
+"""Bad arguments are refused at the call, by name, before anything is compiled."""
+
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+
+def check_callable(name: str, fn: Any) -> None:
+    """Refuses what cannot be called with one argument."""
+    if not callable(fn):
+        raise TypeError(f"`{name}` must be callable, got {fn!r}.")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as e:
+        raise TypeError(
+            f"`{name}` must be callable with one argument; its signature is "
+            f"{signature}."
+        ) from e
+
+
+def check_params(params: PyTree) -> None:
+    """Refuses parameters that are not a non-empty pytree of real numbers."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(
+            f"`params` must have at least one array in it, got {params!r}."
+        )
+    for path, leaf in leaves:
+        where = "`params" + jax.tree_util.keystr(path) + "`"
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
+            raise TypeError(
+                f"{where} must be an array or a number, got {leaf!r} of type "
+                f"{type(leaf).__name__}. Take what is not to be optimized out of "
+                "`params`, with `equinox.partition` for example."
+            )
+        dtype = jnp.result_type(leaf)
+        if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
+            raise TypeError(f"{where} must hold real numbers, got dtype {dtype}.")
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{where} must be real, got dtype {dtype}. Optimize the real and "
+                "imaginary parts as two leaves."
+            )
+
+
+def check_steps(max_optimizer_steps: Any) -> int:
+    """The number of steps as an int; refuses what is not a whole number >= 0."""
+    try:
+        steps = operator.index(max_optimizer_steps)
+    except TypeError as e:
+        raise TypeError(
+            "`max_optimizer_steps` must be an integer, got "
+            f"{max_optimizer_steps!r} of type {type(max_optimizer_steps).__name__}."
+        ) from e
+    if steps < 0:
+        raise ValueError(f"`max_optimizer_steps` must be at least 0, got {steps}.")
+    return steps
+
+
+def check_tolerance(name: str, value: Any) -> None:
+    """Refuses what is not a real number >= 0. Of a traced value, sees the type only."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, int, float)):
+        raise TypeError(
+            f"`{name}` must be a number, got {value!r} of type {type(value).__name__}."
+        )
+    if jnp.shape(value) != () or jnp.iscomplexobj(value):
+        raise TypeError(f"`{name}` must be a real scalar, got {value!r}.")
+    if not isinstance(value, jax.core.Tracer):
+        number = float(value)
+        if math.isnan(number) or number < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {number}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is not a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            f"`{name}` must be True or False, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses what is not an optax transformation."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return
+    parts: list[Callable[..., Any] | None] = [
+        getattr(optimizer, name, None) for name in ("init", "update")
+    ]
+    if not all(map(callable, parts)):
+        raise TypeError(
+            "`optimizer` must be an optax gradient transformation such as "
+            f"`optax.lbfgs()`, got {optimizer!r}."
+        )

@@ -1,0 +1,86 @@
+"""Upstream's function: parameters in, parameters out."""
+
+from collections.abc import Callable
+
+import optax
+from jaxtyping import Array, Float
+
+from ._callback import CallbackFnType, no_callback
+from ._custom_types import ParamT
+from ._optimizer import DEFAULT_OPTIMIZER
+from ._solve import solve
+
+
+def optimize(
+    loss_fn: Callable[[ParamT], Float[Array, ""] | tuple[Float[Array, ""], ParamT]],
+    params: ParamT,
+    *,
+    max_optimizer_steps: int = 250,
+    grad: bool = False,
+    callback: CallbackFnType = no_callback,
+    optimizer: optax.GradientTransformation = DEFAULT_OPTIMIZER,
+    rtol: float | Float[Array, ""] = 0.0,
+    atol: float | Float[Array, ""] = 0.0,
+    gtol: float | Float[Array, ""] = 0.0,
+) -> ParamT:
+    """Minimises a differentiable loss, by default with L-BFGS, in float64.
+
+    The drop-in for `jax_privacy.matrix_factorization.optimization.optimize`: same
+    arguments, same defaults, same iterates. Without a callback the solve is one
+    compiled program. Called eagerly, it is compiled once for all losses that compute
+    the same thing; inside `jax.jit` and `jax.vmap` it is part of the caller's program.
+    The setting `jax_enable_x64` around the call does not matter.
+
+    Args:
+      loss_fn: Takes parameters as float64 arrays, returns a real scalar. It may close
+        over arrays, traced ones too. With `grad=True` it returns a pair of the loss and
+        its gradient, which has the structure and shapes of the parameters.
+      params: The starting point: a pytree of real arrays or numbers of any shapes and
+        dtypes. They are cast to float64 inside and cast back on return, leaf by leaf:
+        integer leaves are optimized as reals and rounded toward zero in the end.
+      max_optimizer_steps: The (maximum) number of optimization steps.
+      grad: Whether `loss_fn` returns its gradient too. That gradient is used wherever
+        one is needed. It need not be the true one: it may be a projection, for example.
+      callback: Called after each step with a `CallbackArgs`. If it returns something
+        truthy, the solve stops there. It runs on the calling thread, in a 64-bit
+        setting, between compiled steps.
+      optimizer: Any optax transformation, with or without a line search.
+      rtol: Relative tolerance: stop once a step is smaller than
+        `atol + rtol * abs(params)` and changes the loss by less than
+        `atol + rtol * abs(loss)`, in all elements. With all three tolerances at 0, as
+        in upstream, the solve takes all its steps.
+      atol: Absolute tolerance of the same criterion.
+      gtol: Stop once all elements of the gradient are smaller than this.
+
+    Returns:
+      The parameters that approximately minimise the loss locally, with the structure
+      and dtypes of `params`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, `params` has a leaf that is not a
+        real array or number, or `loss_fn` does not return real floating-point numbers.
+      ValueError: If an argument has an impossible value, `params` has no leaves, or
+        `loss_fn` returns a loss or gradient of the wrong shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> optimize(lambda x: jnp.sum((x - 3.0) ** 2), jnp.zeros(2))
+      Array([3., 3.], dtype=float32)
+
+    References:
+      Nocedal and Wright, Numerical Optimization (2006), section 7.2, for L-BFGS. For
+      its use on matrix-factorisation mechanisms: https://arxiv.org/abs/2106.12118,
+      https://arxiv.org/abs/2306.08153, https://arxiv.org/abs/2405.15913 and
+      https://arxiv.org/abs/2408.08868.
+    """
+    return solve(
+        loss_fn,
+        params,
+        max_optimizer_steps=max_optimizer_steps,
+        grad=grad,
+        callback=callback,
+        optimizer=optimizer,
+        rtol=rtol,
+        atol=atol,
+        gtol=gtol,
+    ).value

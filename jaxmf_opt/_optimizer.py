@@ -1,0 +1,83 @@
+"""The default optimizer, and when two optimizers are one."""
+
+import functools
+import types
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+# Upstream's default. One memory pair and a patient line search suit DP-MF losses.
+DEFAULT_OPTIMIZER = optax.lbfgs(
+    memory_size=1, linesearch=optax.scale_by_backtracking_linesearch(128)
+)
+
+# Libraries whose functions compute what their code says and what they close over. A
+# function from elsewhere may read globals that its owner rebinds.
+_LIBRARIES = frozenset({"optax", "jax", "jaxlib", "chex", "equinox", "functools"})
+
+
+class _NotComparable(Exception):
+    """Some part of an optimizer can be compared by nothing but its traced program."""
+
+
+def optimizer_key(optimizer: optax.GradientTransformation) -> Hashable | None:
+    """A key that is equal for optimizers that are made in the same way.
+
+    optax makes an optimizer of nested closures, new ones each time. They are the same
+    if they have the same code, down to what they close over.
+
+    Args:
+      optimizer: An optax transformation.
+
+    Returns:
+      A hashable key, or None if the optimizer cannot be told by its parts: if a
+      user's function (a schedule, for example), a tracer or a mutable object is one of
+      them.
+    """
+    try:
+        return _key(optimizer, ())
+    except _NotComparable:
+        return None
+
+
+def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
+    if id(part) in parents:
+        raise _NotComparable
+    parents = (*parents, id(part))
+
+    def keys(parts: Any) -> Hashable:
+        return tuple(_key(p, parents) for p in parts)
+
+    match part:
+        case None | bool() | int() | str() | bytes():
+            return (type(part), part)
+        case float():  # 0.0 == -0.0, but they are not the same optimizer
+            return (type(part), part.hex())
+        case tuple() | list():
+            return (type(part), keys(part))
+        case dict():
+            return (dict, keys(part.keys()), keys(part.values()))
+        case functools.partial():
+            return ("partial", keys((part.func, part.args, part.keywords)))
+        case types.FunctionType() if _from_library(part):
+            cells = [c.cell_contents for c in part.__closure__ or ()]
+            defaults = (part.__defaults__, part.__kwdefaults__)
+            return (part.__code__, id(part.__globals__), keys(cells), keys(defaults))
+        case np.dtype() | type():
+            return part
+        case jax.core.Tracer():
+            raise _NotComparable
+        case jax.Array() | np.ndarray() | np.generic():
+            a = np.asarray(part)
+            return (type(part), a.shape, a.dtype, a.tobytes())
+    if callable(part) and _from_library(part):
+        hash(part)
+        return part  # a jitted or builtin function at module level
+    raise _NotComparable
+
+
+def _from_library(fn: Any) -> bool:
+    return (getattr(fn, "__module__", None) or "").partition(".")[0] in _LIBRARIES

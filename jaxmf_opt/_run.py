@@ -1,0 +1,203 @@
+"""The two ways to run a solve: as one loop, or step by step from Python.
+
+Both are pure functions of arrays. What is not an array (the loss's program, the
+optimizer, dtypes) makes up a `Recipe`, and each recipe is compiled once.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optimistix as optx
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._minimiser import LeanOptaxMinimiser, MinimiserState
+from ._objective import Program
+from ._optimizer import optimizer_key
+from ._structure import CACHE_SIZE
+
+
+class Tolerances(NamedTuple):
+    """When to stop: see `LeanOptaxMinimiser`.
+
+    Attributes:
+      rtol: Relative tolerance of the Cauchy criterion.
+      atol: Absolute tolerance of the Cauchy criterion.
+      gtol: Tolerance for the max-norm of the gradient.
+    """
+
+    rtol: float | Float[Array, ""] = 0.0
+    atol: float | Float[Array, ""] = 0.0
+    gtol: float | Float[Array, ""] = 0.0
+
+    @property
+    def off(self) -> bool:
+        """Whether all are known to be 0, so that no test needs to be compiled."""
+        return all(not isinstance(t, jax.Array) and t == 0 for t in self)
+
+
+class Recipe:
+    """All of a solve but its arrays.
+
+    Recipes are equal, and hashable, where they compute the same thing. One whose
+    optimizer cannot be compared equals only itself.
+
+    Attributes:
+      cacheable: Whether another recipe can ever be equal to this one.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        optimizer: optax.GradientTransformation,
+        dtypes: Sequence[Any],
+        *,
+        tests: bool,
+    ):
+        """Puts the parts together.
+
+        Args:
+          program: What the loss computes.
+          optimizer: The optax transformation.
+          dtypes: The dtype that each leaf of the parameters gets in the end.
+          tests: Whether the tolerances are looked at.
+        """
+        self._program = program
+        self._optimizer = optimizer
+        self._dtypes = tuple(dtypes)
+        self._tests = tests
+        optimizer_id = optimizer_key(optimizer)
+        self.cacheable = optimizer_id is not None
+        self._key: Hashable = (program, optimizer_id, self._dtypes, tests)
+
+    def __hash__(self) -> int:
+        return hash(self._key) if self.cacheable else id(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not (isinstance(other, Recipe) and self.cacheable):
+            return self is other
+        return self._key == other._key
+
+    def solve(
+        self,
+        params: PyTree,
+        captured: Sequence[Array],
+        max_steps: Int[Array, ""] | int,
+        tolerances: Tolerances,
+    ) -> optx.Solution:
+        """The whole solve. To be called, or traced, with 64-bit types.
+
+        Args:
+          params: The starting point, of any real dtypes.
+          captured: What the loss closes over.
+          max_steps: The limit of steps.
+          tolerances: When to stop before it.
+
+        Returns:
+          The solution; its value has the recipe's dtypes.
+        """
+        solution = optx.minimise(
+            self._program.loss,
+            self._minimiser(tolerances),
+            _as_float64(params),
+            captured,
+            max_steps=None,
+            adjoint=_WhileBelow(jnp.asarray(max_steps)),
+            throw=False,
+        )
+        stats = {**solution.stats, "max_steps": jnp.asarray(max_steps)}
+        return optx.Solution(
+            value=self.in_dtypes(solution.value),
+            result=solution.result,
+            aux=solution.aux,
+            stats=stats,
+            state=solution.state,
+        )
+
+    def start(self, params: PyTree) -> tuple[PyTree, MinimiserState]:
+        """The float64 point and the state before the first step."""
+        y = _as_float64(params)
+        minimiser = self._minimiser(Tolerances())
+        loss = jax.ShapeDtypeStruct((), jnp.float64)
+        state = minimiser.init(_unused, y, None, {}, loss, None, frozenset())
+        return y, state
+
+    def step(
+        self,
+        y: PyTree,
+        state: MinimiserState,
+        captured: Sequence[Array],
+        tolerances: Tolerances,
+    ) -> tuple[PyTree, MinimiserState]:
+        """The point and the state after one more step."""
+        y, state, _ = self._minimiser(tolerances).step(
+            lambda y, captured: (self._program.loss(y, captured), None),
+            y,
+            captured,
+            {},
+            state,
+            frozenset(),
+        )
+        return y, state
+
+    def in_dtypes(self, y: PyTree) -> PyTree:
+        """The point in the dtypes of the caller's parameters."""
+        leaves, treedef = jax.tree.flatten(y)
+        cast = [x.astype(d) for x, d in zip(leaves, self._dtypes, strict=True)]
+        return jax.tree.unflatten(treedef, cast)
+
+    def _minimiser(self, tolerances: Tolerances) -> LeanOptaxMinimiser:
+        if not self._tests:
+            return LeanOptaxMinimiser(self._optimizer)
+        return LeanOptaxMinimiser(self._optimizer, *map(jnp.float64, tolerances))
+
+
+class Compiled(NamedTuple):
+    """The methods of a recipe under `jax.jit`; each is compiled when first called."""
+
+    solve: Callable[..., optx.Solution]
+    start: Callable[..., tuple[PyTree, MinimiserState]]
+    step: Callable[..., tuple[PyTree, MinimiserState]]
+    in_dtypes: Callable[..., PyTree]
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
+def compiled(recipe: Recipe) -> Compiled:
+    """The compiled form of a recipe, shared by all that are equal to it."""
+    return Compiled(*(jax.jit(getattr(recipe, name)) for name in Compiled._fields))
+
+
+def _as_float64(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+
+
+def _unused(*_: Any) -> Any:
+    raise AssertionError("the minimiser evaluates nothing before its first step")
+
+
+class _WhileBelow(optx.AbstractAdjoint):
+    """Runs optimistix's loop up to a limit of steps that may be an array.
+
+    In the place of an adjoint, because that is where optimistix lets one choose the
+    loop. Derivatives are taken around a solve, never through it.
+    """
+
+    limit: Int[Array, ""]
+
+    def apply(
+        self, primal_fn: Callable, rewrite_fn: Callable, inputs: Any, tags: Any
+    ) -> Any:
+        """Runs `primal_fn`, which takes the loop as the last of its inputs."""
+        del rewrite_fn, tags
+
+        def while_loop(cond: Callable, body: Callable, init: Any, **_: Any) -> Any:
+            return jax.lax.while_loop(
+                lambda carry: (carry[0] < self.limit) & cond(carry[1]),
+                lambda carry: (carry[0] + 1, body(carry[1])),
+                (jnp.zeros_like(self.limit), init),
+            )[1]
+
+        return primal_fn((*inputs, while_loop))

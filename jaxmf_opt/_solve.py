@@ -1,0 +1,150 @@
+"""One call, checked, sent the way it has to go."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import optax
+import optimistix as optx
+from jaxtyping import Array, Float, PyTree
+
+from ._callback import CallbackArgs, CallbackFnType, no_callback
+from ._checks import (
+    check_callable,
+    check_flag,
+    check_optimizer,
+    check_params,
+    check_steps,
+    check_tolerance,
+)
+from ._objective import Objective, trace
+from ._optimizer import DEFAULT_OPTIMIZER
+from ._run import Recipe, Tolerances, compiled
+from ._x64 import jax_enable_x64, x64_region
+
+
+def solve(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *,
+    max_optimizer_steps: int = 250,
+    grad: bool = False,
+    callback: CallbackFnType = no_callback,
+    optimizer: optax.GradientTransformation = DEFAULT_OPTIMIZER,
+    rtol: float | Float[Array, ""] = 0.0,
+    atol: float | Float[Array, ""] = 0.0,
+    gtol: float | Float[Array, ""] = 0.0,
+) -> optx.Solution:
+    """Minimises a loss, and returns all there is to know about the run.
+
+    Args:
+      loss_fn: As in `optimize`, like all the arguments here.
+      params: The starting point.
+      max_optimizer_steps: The limit of steps.
+      grad: Whether `loss_fn` returns its gradient too.
+      callback: Called after each step.
+      optimizer: An optax transformation.
+      rtol: Relative tolerance of the Cauchy criterion.
+      atol: Absolute tolerance of the Cauchy criterion.
+      gtol: Tolerance for the max-norm of the gradient.
+
+    Returns:
+      An `optimistix.Solution`. Its `value` has the structure and dtypes of `params`,
+      its `stats` are `num_steps` and `max_steps`, its `state` is a `MinimiserState`.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument has an impossible value.
+    """
+    check_callable("loss_fn", loss_fn)
+    check_params(params)
+    max_steps = check_steps(max_optimizer_steps)
+    check_flag("grad", grad)
+    check_callable("callback", callback)
+    check_optimizer(optimizer)
+    tolerances = Tolerances(rtol, atol, gtol)
+    for name, value in tolerances._asdict().items():
+        check_tolerance(name, value)
+
+    objective = trace(loss_fn, jax.tree.map(_float64_struct, params), grad=grad)
+    captured = objective.captured
+    traced = _is_traced(params, captured, tolerances, eqxi.closure_to_pytree(optimizer))
+    recipe = Recipe(
+        objective.program,
+        optimizer,
+        [_caller_dtype(x, traced) for x in jax.tree.leaves(params)],
+        tests=not tolerances.off,
+    )
+    if callback is not no_callback:
+        if traced:
+            raise ValueError(
+                "`callback` was given to a solve inside `jax.jit`, `jax.vmap` or "
+                "another transformation. It runs between compiled steps, so it needs a "
+                "call outside of them. Move the call out, or leave the callback away."
+            )
+        return _solve_stepwise(
+            recipe, objective, params, max_steps, tolerances, callback
+        )
+    if traced or not recipe.cacheable:
+        return x64_region(recipe.solve, params, captured, max_steps, tolerances)
+    with jax.enable_x64():
+        return compiled(recipe).solve(params, captured, max_steps, tolerances)
+
+
+@jax_enable_x64
+def _solve_stepwise(
+    recipe: Recipe,
+    objective: Objective,
+    params: PyTree,
+    max_steps: int,
+    tolerances: Tolerances,
+    callback: CallbackFnType,
+) -> optx.Solution:
+    """The solve as a Python loop, with the callback called between compiled steps."""
+    program = compiled(recipe)
+    y, state = program.start(params)
+    result = optx.RESULTS.nonlinear_max_steps_reached
+    for i in range(max_steps):
+        y, state = program.step(y, state, objective.captured, tolerances)
+        if not tolerances.off and state.stopped:
+            result = optx.RESULTS.successful
+            break
+        if callback(
+            CallbackArgs(
+                step=i,
+                loss=state.loss,
+                grad=state.grad,
+                params=y,
+                state=state.opt_state,
+            )
+        ):
+            result = optx.RESULTS.successful
+            break
+    return optx.Solution(
+        value=program.in_dtypes(y),
+        result=result,
+        aux=None,
+        stats={"num_steps": state.step, "max_steps": jnp.asarray(max_steps)},
+        state=state,
+    )
+
+
+def _float64_struct(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), "float64")
+
+
+def _caller_dtype(x: Any, traced: bool) -> Any:
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:  # a Python number: the float that JAX makes of one outside
+        return jnp.result_type(float)
+    # A NumPy float64 array stays what it is, but does not enter a float32 program.
+    return jax.dtypes.canonicalize_dtype(dtype) if traced else dtype
+
+
+def _is_traced(*trees: Any) -> bool:
+    """Whether this call is part of the tracing of a larger program."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
+        return True
+    return isinstance(jnp.zeros(()), jax.core.Tracer)  # as every new array under `jit`

@@ -1,0 +1,232 @@
+"""Float64 regions that every JAX transformation respects.
+
+`with jax.enable_x64()` switches the precision of what is *traced* inside it. JAX runs
+most of its rules later, though: `vmap(jit(f))` batches, `grad(jit(f))` differentiates
+and `jit(f)` lowers a float64 jaxpr after the context has been left, and those rules
+then build float32 constants and int32 indices next to float64 operands.
+
+A region therefore is *one primitive* that holds its float64 program as a jaxpr, and
+whose every rule switches the precision on again before it touches that jaxpr. To the
+program around it a region is a single opaque operation on arrays.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.extend.core as jex
+import jax.interpreters.ad as ad
+import jax.interpreters.batching as batching
+import jax.interpreters.mlir as mlir
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ._structure import compiled
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def jax_enable_x64(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Makes a function run with 64-bit JAX types, whatever the setting around it.
+
+    The setting is switched on for the duration of each call, in the calling thread
+    only, and restored when the call returns or raises. Arguments and results may be
+    anything; they are handed on untouched.
+
+    Args:
+      fn: Any Python callable.
+
+    Returns:
+      A function with the signature, name and docstring of `fn`.
+
+    Raises:
+      TypeError: If `fn` is not callable.
+    """
+    if not callable(fn):
+        raise TypeError(f"jax_enable_x64: `fn` must be callable, got {fn!r}.")
+
+    @functools.wraps(fn)
+    def in_x64(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with jax.enable_x64():
+            return fn(*args, **kwargs)
+
+    return in_x64
+
+
+def x64_region(fn: Callable[..., Any], *args: Any) -> Any:
+    """Evaluates `fn(*args)` as a float64 region.
+
+    Args:
+      fn: A traceable function of pytrees of arrays, which returns a pytree of arrays.
+        It may close over arrays and over tracers of the program around it: those
+        become operands of the region, so that they are batched and differentiated
+        like the arguments.
+      *args: Pytrees of arrays or Python scalars. NumPy float64 stays float64.
+
+    Returns:
+      What `fn(*args)` returns when all of JAX runs with 64-bit types.
+    """
+    jaxpr, operands, out_tree = _stage(fn, *args)
+    return jax.tree.unflatten(out_tree, region_p.bind(*operands, jaxpr=jaxpr))
+
+
+def _stage(fn: Callable[..., Any], *args: Any) -> tuple[jex.ClosedJaxpr, list, Any]:
+    """Traces `fn` to a jaxpr without constants, and the operands to call it with."""
+    leaves, in_tree = jax.tree.flatten(args)
+    out_tree = None
+
+    def flat_fn(*leaves: Array) -> list[Array]:
+        nonlocal out_tree
+        out, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(in_tree, leaves)))
+        return [jnp.asarray(x) for x in out]
+
+    with jax.enable_x64():
+        leaves = [jnp.asarray(x) for x in leaves]
+        closed = jax.make_jaxpr(flat_fn)(*leaves)
+        consts = [jnp.asarray(c) for c in closed.consts]
+        if consts:
+            # What `fn` closed over, tracers too, must be visible to the rules below.
+            jaxpr = closed.jaxpr
+            closed = jax.make_jaxpr(
+                lambda consts, leaves: jax.core.eval_jaxpr(jaxpr, consts, *leaves)
+            )(consts, leaves)
+            if closed.consts:
+                raise AssertionError("hoisted constants reappeared while tracing")
+    return closed, consts + leaves, out_tree
+
+
+def _restage(fn: Callable[..., Any], avals: Sequence[Any]) -> jex.ClosedJaxpr:
+    """Traces a function made from a region's jaxpr: it closes over no arrays."""
+    with jax.enable_x64():
+        return jax.make_jaxpr(fn)(*map(_struct, avals))
+
+
+def _arrays(operands: Sequence[Any]) -> list[Any]:
+    """Makes arrays of the typed literals that JAX puts in the place of scalars."""
+    with jax.enable_x64():
+        return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, ad.Zero)
+
+
+region_p = jex.Primitive("x64_region")
+region_p.multiple_results = True
+
+
+# Eager evaluation, as happens under an eager `vmap` or `grad`. Compiled programs are
+# shared between regions of the same structure: the jaxpr is a new object at each call.
+@region_p.def_impl
+def _impl(*args: Any, jaxpr: jex.ClosedJaxpr) -> list[Array]:
+    with jax.enable_x64():
+        return compiled(jaxpr)(*_arrays(args))
+
+
+@region_p.def_effectful_abstract_eval
+def _abstract_eval(*_: Any, jaxpr: jex.ClosedJaxpr) -> tuple[list[Any], Any]:
+    return list(jaxpr.out_avals), jaxpr.effects
+
+
+# Lowering rules trace JAX functions of their own (`argmax`, scatters, random numbers):
+# without the switch those would be float32 inside a float64 module.
+def _lower(ctx: Any, *args: Any, jaxpr: jex.ClosedJaxpr) -> Any:
+    with jax.enable_x64():
+        rule = mlir.lower_fun(jex.jaxpr_as_fun(jaxpr), multiple_results=True)
+        return rule(ctx, *args)
+
+
+mlir.register_lowering(region_p, _lower)
+
+
+# The tangents are a region of their own, so that a linearisation can keep the primal
+# results and postpone (or transpose) the rest.
+def _jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: jex.ClosedJaxpr
+) -> tuple[list[Any], list[Any]]:
+    fn = jex.jaxpr_as_fun(jaxpr)
+    primals = _arrays(primals)
+    out = region_p.bind(*primals, jaxpr=jaxpr)
+    moving = [not _is_zero(t) for t in tangents]
+    inexact = [jnp.issubdtype(o.dtype, jnp.inexact) for o in out]
+
+    def tangents_out(*operands: Array) -> list[Array]:
+        values, dots = operands[: len(primals)], operands[len(primals) :]
+        moved = [x for x, m in zip(values, moving, strict=True) if m]
+
+        def of_moved(*moved: Array) -> list[Array]:
+            it = iter(moved)
+            full = [next(it) if m else x for x, m in zip(values, moving, strict=True)]
+            return [o for o, f in zip(fn(*full), inexact, strict=True) if f]
+
+        # A float32 program may hand over a float32 tangent for a float64 primal.
+        cast = [t.astype(x.dtype) for x, t in zip(moved, dots, strict=True)]
+        return jax.jvp(of_moved, tuple(moved), tuple(cast))[1]
+
+    operands = [*primals, *(t for t in tangents if not _is_zero(t))]
+    linear = _restage(tangents_out, [jax.typeof(x) for x in operands])
+    it = iter(region_p.bind(*operands, jaxpr=linear))
+    return out, [
+        next(it) if f else ad.Zero(jax.typeof(o).to_tangent_aval())
+        for o, f in zip(out, inexact, strict=True)
+    ]
+
+
+ad.primitive_jvps[region_p] = _jvp
+
+
+def _transpose(
+    cotangents: Sequence[Any], *args: Any, jaxpr: jex.ClosedJaxpr
+) -> list[Any]:
+    fn = jex.jaxpr_as_fun(jaxpr)
+    linear = [ad.is_undefined_primal(x) for x in args]
+    unknown = [_struct(x.aval) for x in args if ad.is_undefined_primal(x)]
+    known = _arrays([x for x in args if not ad.is_undefined_primal(x)])
+    arriving = [not _is_zero(ct) for ct in cotangents]
+
+    def pull_back(*operands: Array) -> Any:
+        values, cts = operands[: len(known)], operands[len(known) :]
+
+        def of_unknown(*unknown: Array) -> list[Array]:
+            u, k = iter(unknown), iter(values)
+            out = fn(*(next(u) if lin else next(k) for lin in linear))
+            return [o for o, a in zip(out, arriving, strict=True) if a]
+
+        outs = jax.eval_shape(of_unknown, *unknown)
+        cast = [ct.astype(o.dtype) for o, ct in zip(outs, cts, strict=True)]
+        return jax.linear_transpose(of_unknown, *unknown)(cast)
+
+    operands = [*known, *(ct for ct in cotangents if not _is_zero(ct))]
+    pulled = _restage(pull_back, [jax.typeof(x) for x in operands])
+    it = iter(region_p.bind(*operands, jaxpr=pulled))
+    return [next(it) if lin else None for lin in linear]
+
+
+ad.primitive_transposes[region_p] = _transpose
+
+
+# The whole program is batched at once. (Batching by a generic rule over its equations
+# would run outside the 64-bit setting.)
+def _batch(
+    axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: jex.ClosedJaxpr
+) -> tuple[list[Any], list[Any]]:
+    batched = jax.vmap(
+        jex.jaxpr_as_fun(jaxpr),
+        in_axes=tuple(dims),
+        axis_size=axis_data.size,
+        axis_name=axis_data.name,
+        spmd_axis_name=axis_data.spmd_name,
+    )
+    args = _arrays(args)
+    closed = _restage(batched, [jax.typeof(x) for x in args])
+    out = region_p.bind(*args, jaxpr=closed)
+    return out, [0] * len(out)
+
+
+batching.fancy_primitive_batchers[region_p] = _batch

@@ -1,0 +1,1 @@
+"""DP-MF losses whose hyperparameters are arrays."""
