@@ -33,7 +33,7 @@ class CallbackArgs:
     state: Any
 
 
-CallbackFnType: TypeAlias = Callable[[CallbackArgs], None | bool]
+CallbackFnType: TypeAlias = Callable[[CallbackArgs], bool | None]
 
 
 def no_callback(_: CallbackArgs) -> None:

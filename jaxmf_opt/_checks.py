@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 
@@ -77,7 +78,7 @@ def check_tolerance(name: str, value: Any) -> None:
         )
     if jnp.shape(value) != () or jnp.iscomplexobj(value):
         raise TypeError(f"`{name}` must be a real scalar, got {value!r}.")
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         number = float(value)
         if math.isnan(number) or number < 0:
             raise ValueError(f"`{name}` must be at least 0, got {number}.")

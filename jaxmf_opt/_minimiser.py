@@ -1,7 +1,10 @@
 """The optimistix minimiser around an optax transformation."""
 
+# pyright: reportIncompatibleMethodOverride=false
+# (OptaxMinimiser names its own state, a private class, in the types of its methods.)
+
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any, Generic, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -12,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, Shaped
 from optimistix import RESULTS
 
 from ._custom_types import Aux, Y
+
+# A tolerance: a number, or an array so that it can be batched.
+Tolerance: TypeAlias = float | Float[Array, ""]
 
 
 class MinimiserState(eqx.Module, Generic[Y, Aux]):
@@ -65,14 +71,14 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         solution = optimistix.minimise(fn, solver, y0)
     """
 
-    gtol: float | Float[Array, ""]
+    gtol: Tolerance
 
     def __init__(
         self,
         optim: optax.GradientTransformation,
-        rtol: float | Float[Array, ""] = 0.0,
-        atol: float | Float[Array, ""] = 0.0,
-        gtol: float | Float[Array, ""] = 0.0,
+        rtol: Tolerance = 0.0,
+        atol: Tolerance = 0.0,
+        gtol: Tolerance = 0.0,
         norm: Callable[[PyTree], Scalar] = optx.max_norm,
         verbose: bool | Callable[..., None] = False,
     ):
@@ -87,14 +93,15 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             `atol + rtol * abs(loss)`. A step that is exactly zero (a warm-up schedule,
             a `MultiSteps` that accumulates) is no sign of convergence.
           atol: Absolute tolerance of the Cauchy criterion.
-          gtol: Stop once `norm` of the gradient is below this. (Not at 0: all three
-            tolerances are off by default.)
+          gtol: Stop once `norm` of the gradient is at most this. All three tolerances
+            are off by default; if any is on, a gradient of exactly 0 stops too.
           norm: The norm of the criteria.
           verbose: As in `optimistix.OptaxMinimiser`.
         """
-        super().__init__(
-            optax.with_extra_args_support(optim), rtol, atol, norm, verbose
-        )
+        # optimistix says float, and computes with arrays just as well.
+        rtol, atol = cast(float, rtol), cast(float, atol)
+        optim = optax.with_extra_args_support(optim)
+        super().__init__(optim, rtol, atol, norm, verbose)
         self.gtol = gtol
 
     def init(
@@ -155,7 +162,8 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             stopped=stopped,
             reuses_linesearch=state.reuses_linesearch,
         )
-        return optax.apply_updates(y, update), new_state, aux
+        new_y = cast(Y, optax.apply_updates(cast(Any, y), cast(Any, update)))
+        return new_y, new_state, aux
 
     def terminate(
         self,
@@ -206,32 +214,27 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
 
         stored = _stored(state.opt_state, y) if state.reuses_linesearch else None
         if stored is None:
-            _, loss, aux, grad = compute(None)
-        else:
-            # A loop of at most one turn, because a batched `cond` evaluates both of
-            # its branches in every step, a batched loop only where some lane needs it.
-            missing = ~jnp.isfinite(stored.value)
-            _, loss, aux, grad = jax.lax.while_loop(
-                lambda carry: carry[0],
-                compute,
-                (missing, stored.value, state.aux, stored.grad),
-            )
-        return loss, aux, grad
+            return compute(None)[1:]
+        # A loop of at most one turn, because a batched `cond` evaluates both of its
+        # branches in every step, a batched loop only where some lane needs it.
+        missing = ~jnp.isfinite(stored.value)
+        known = (missing, stored.value, state.aux, stored.grad)
+        return jax.lax.while_loop(lambda carry: carry[0], compute, cast(Any, known))[1:]
 
     def _converged(
         self, y: Y, state: MinimiserState[Y, Aux], loss: Scalar, grad: Y
     ) -> Bool[Array, ""]:
+        def ratio(difference: Array, of: Array) -> Array:
+            scale = self.atol + self.rtol * jnp.abs(of)
+            # What stays at exactly 0, a masked parameter for example, is converged.
+            return jnp.where(difference == 0, 0.0, jnp.abs(difference) / scale)
+
         def small(difference: PyTree, of: PyTree) -> Bool[Array, ""]:
-            ratio = jax.tree.map(
-                lambda d, x: jnp.abs(d) / (self.atol + self.rtol * jnp.abs(x)),
-                difference,
-                of,
-            )
-            return self.norm(ratio) < 1  # never if both tolerances are 0
+            return self.norm(jax.tree.map(ratio, difference, of)) < 1
 
         moved = optx.max_norm(state.update) > 0
         cauchy = small(state.update, y) & small(loss - state.loss, loss)
-        return (moved & cauchy) | (self.norm(grad) < self.gtol)
+        return (moved & cauchy) | (self.norm(grad) <= self.gtol)
 
     def _search(
         self,

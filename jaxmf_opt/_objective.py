@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from ._structure import Structure
@@ -99,7 +100,7 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
 
         def explicit(*operands: Array) -> list[Array]:
             n = len(captured)
-            return jax.core.eval_jaxpr(open_jaxpr, operands[:n], *operands[n:])
+            return eval_jaxpr(open_jaxpr, operands[:n], *operands[n:])
 
         operands = [*captured, *structs]
         value = Structure(jax.make_jaxpr(explicit)(*operands) if captured else closed)
@@ -128,8 +129,8 @@ def _loss_with_gradient(
     def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
         value, *gradient = program._evaluate(*primals)
         moves = jax.tree.leaves(tangents[0])
-        slope = sum(jnp.vdot(g, t) for g, t in zip(gradient, moves, strict=True))
-        return value, slope
+        slopes = [jnp.vdot(g, t) for g, t in zip(gradient, moves, strict=True)]
+        return value, jnp.stack(slopes).sum()
 
     return loss(params, captured)
 

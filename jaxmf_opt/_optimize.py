@@ -50,7 +50,7 @@ def optimize(
         `atol + rtol * abs(loss)`, in all elements. With all three tolerances at 0, as
         in upstream, the solve takes all its steps.
       atol: Absolute tolerance of the same criterion.
-      gtol: Stop once all elements of the gradient are smaller than this.
+      gtol: Stop once no element of the gradient is larger than this.
 
     Returns:
       The parameters that approximately minimise the loss locally, with the structure

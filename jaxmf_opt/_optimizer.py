@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.core import Tracer
 
 # Upstream's default. One memory pair and a patient line search suit DP-MF losses.
 DEFAULT_OPTIMIZER = optax.lbfgs(
@@ -19,7 +20,7 @@ DEFAULT_OPTIMIZER = optax.lbfgs(
 _LIBRARIES = frozenset({"optax", "jax", "jaxlib", "chex", "equinox", "functools"})
 
 
-class _NotComparable(Exception):
+class _NotComparableError(Exception):
     """Some part of an optimizer can be compared by nothing but its traced program."""
 
 
@@ -39,13 +40,13 @@ def optimizer_key(optimizer: optax.GradientTransformation) -> Hashable | None:
     """
     try:
         return _key(optimizer, ())
-    except _NotComparable:
+    except _NotComparableError:
         return None
 
 
 def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
     if id(part) in parents:
-        raise _NotComparable
+        raise _NotComparableError
     parents = (*parents, id(part))
 
     def keys(parts: Any) -> Hashable:
@@ -68,15 +69,15 @@ def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
             return (part.__code__, id(part.__globals__), keys(cells), keys(defaults))
         case np.dtype() | type():
             return part
-        case jax.core.Tracer():
-            raise _NotComparable
+        case Tracer():
+            raise _NotComparableError
         case jax.Array() | np.ndarray() | np.generic():
             a = np.asarray(part)
             return (type(part), a.shape, a.dtype, a.tobytes())
     if callable(part) and _from_library(part):
         hash(part)
         return part  # a jitted or builtin function at module level
-    raise _NotComparable
+    raise _NotComparableError
 
 
 def _from_library(fn: Any) -> bool:

@@ -56,6 +56,7 @@ class Recipe:
         dtypes: Sequence[Any],
         *,
         tests: bool,
+        verbose: bool | Callable[..., None] = False,
     ):
         """Puts the parts together.
 
@@ -64,14 +65,16 @@ class Recipe:
           optimizer: The optax transformation.
           dtypes: The dtype that each leaf of the parameters gets in the end.
           tests: Whether the tolerances are looked at.
+          verbose: As in `optimistix.OptaxMinimiser`.
         """
         self._program = program
         self._optimizer = optimizer
         self._dtypes = tuple(dtypes)
         self._tests = tests
+        self._verbose = verbose
         optimizer_id = optimizer_key(optimizer)
         self.cacheable = optimizer_id is not None
-        self._key: Hashable = (program, optimizer_id, self._dtypes, tests)
+        self._key: Hashable = (program, optimizer_id, self._dtypes, tests, verbose)
 
     def __hash__(self) -> int:
         return hash(self._key) if self.cacheable else id(self)
@@ -150,9 +153,8 @@ class Recipe:
         return jax.tree.unflatten(treedef, cast)
 
     def _minimiser(self, tolerances: Tolerances) -> LeanOptaxMinimiser:
-        if not self._tests:
-            return LeanOptaxMinimiser(self._optimizer)
-        return LeanOptaxMinimiser(self._optimizer, *map(jnp.float64, tolerances))
+        values = map(jnp.float64, tolerances) if self._tests else ()
+        return LeanOptaxMinimiser(self._optimizer, *values, verbose=self._verbose)
 
 
 class Compiled(NamedTuple):

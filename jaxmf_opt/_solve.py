@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optimistix as optx
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from ._callback import CallbackArgs, CallbackFnType, no_callback
@@ -36,6 +37,7 @@ def solve(
     rtol: float | Float[Array, ""] = 0.0,
     atol: float | Float[Array, ""] = 0.0,
     gtol: float | Float[Array, ""] = 0.0,
+    verbose: bool | Callable[..., None] = False,
 ) -> optx.Solution:
     """Minimises a loss, and returns all there is to know about the run.
 
@@ -49,6 +51,8 @@ def solve(
       rtol: Relative tolerance of the Cauchy criterion.
       atol: Absolute tolerance of the Cauchy criterion.
       gtol: Tolerance for the max-norm of the gradient.
+      verbose: As in `optimistix.OptaxMinimiser`: True prints each step, a callable is
+        traced in each step with what there is to print.
 
     Returns:
       An `optimistix.Solution`. Its `value` has the structure and dtypes of `params`,
@@ -76,6 +80,7 @@ def solve(
         optimizer,
         [_caller_dtype(x, traced) for x in jax.tree.leaves(params)],
         tests=not tolerances.off,
+        verbose=verbose,
     )
     if callback is not no_callback:
         if traced:
@@ -145,6 +150,6 @@ def _caller_dtype(x: Any, traced: bool) -> Any:
 
 def _is_traced(*trees: Any) -> bool:
     """Whether this call is part of the tracing of a larger program."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
         return True
-    return isinstance(jnp.zeros(()), jax.core.Tracer)  # as every new array under `jit`
+    return isinstance(jnp.zeros(()), Tracer)  # as every new array under `jit`

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray, Tracer
 
 # Compiled programs that are kept, each of them a few megabytes.
 CACHE_SIZE = 128
@@ -124,16 +126,16 @@ class _ByIdentity:
 
 
 def _is_plain_array(v: Any) -> bool:
-    concrete = isinstance(v, jax.Array) and not isinstance(v, jax.core.Tracer)
+    concrete = isinstance(v, jax.Array) and not isinstance(v, Tracer)
     return (
         concrete
         and v.is_fully_addressable
-        and not jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended)
+        and not jnp.issubdtype(v.dtype, jax.dtypes.extended)
     )
 
 
 def _type(aval: Any) -> Hashable:
-    if isinstance(aval, jax.core.ShapedArray):
+    if isinstance(aval, ShapedArray):
         return aval  # shape, dtype, weak type, sharding: compared by value
     return str(aval)
 

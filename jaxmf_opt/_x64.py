@@ -20,6 +20,7 @@ import jax.interpreters.ad as ad
 import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jaxtyping import Array
 
 from ._structure import compiled
@@ -90,7 +91,7 @@ def _stage(fn: Callable[..., Any], *args: Any) -> tuple[jex.ClosedJaxpr, list, A
             # What `fn` closed over, tracers too, must be visible to the rules below.
             jaxpr = closed.jaxpr
             closed = jax.make_jaxpr(
-                lambda consts, leaves: jax.core.eval_jaxpr(jaxpr, consts, *leaves)
+                lambda consts, leaves: eval_jaxpr(jaxpr, consts, *leaves)
             )(consts, leaves)
             if closed.consts:
                 raise AssertionError("hoisted constants reappeared while tracing")
