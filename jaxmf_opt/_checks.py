@@ -46,7 +46,7 @@ def check_params(params: PyTree) -> None:
                 f"{type(leaf).__name__}. Take what is not to be optimized out of "
                 "`params`, with `equinox.partition` for example."
             )
-        dtype = jnp.result_type(leaf)
+        dtype = getattr(leaf, "dtype", None) or np.dtype(type(leaf))
         if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
             raise TypeError(f"{where} must hold real numbers, got dtype {dtype}.")
         if jnp.issubdtype(dtype, jnp.complexfloating):

@@ -152,6 +152,8 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             stopped = stopped | self._converged(y, state, loss, grad)
             step = jnp.where(stopped, state.step, step)
         update, opt_state = self._search(fn, y, args, state, ~stopped, loss, grad)
+        if not self._tests:
+            stopped = stopped | self._stalled(y, loss, grad, update, opt_state)
         new_state = MinimiserState(
             step=step,
             loss=loss,
@@ -192,6 +194,13 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         """Counts the steps that moved, not the one that only tested."""
         del fn, args, options, tags, result
         return y, aux, {"num_steps": state.step}
+
+    def _stalled(
+        self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: PyTree
+    ) -> Bool[Array, ""]:
+        """Whether it is proven that `y` will never move again. Not known in general."""
+        del y, loss, grad, update, opt_state
+        return jnp.array(False)
 
     @property
     def _tests(self) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._minimiser import LeanOptaxMinimiser, MinimiserState
 from ._objective import Program
 from ._optimizer import optimizer_key
+from ._stall import minimiser_for
 from ._structure import CACHE_SIZE
 
 
@@ -113,7 +114,7 @@ class Recipe:
         )
         stats = {**solution.stats, "max_steps": jnp.asarray(max_steps)}
         return optx.Solution(
-            value=self.in_dtypes(solution.value),
+            value=self.in_dtypes(_pin(solution.value, solution.state)),
             result=solution.result,
             aux=solution.aux,
             stats=stats,
@@ -154,7 +155,7 @@ class Recipe:
 
     def _minimiser(self, tolerances: Tolerances) -> LeanOptaxMinimiser:
         values = map(jnp.float64, tolerances) if self._tests else ()
-        return LeanOptaxMinimiser(self._optimizer, *values, verbose=self._verbose)
+        return minimiser_for(self._optimizer, *values, verbose=self._verbose)
 
 
 class Compiled(NamedTuple):
@@ -174,6 +175,21 @@ def compiled(recipe: Recipe) -> Compiled:
 
 def _as_float64(params: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+
+
+def _pin(y: PyTree, state: MinimiserState) -> PyTree:
+    """Returns `y`, in a way that keeps all of `state` in the compiled program.
+
+    XLA drops from a loop what its caller does not use, and then fuses and rounds the
+    rest differently. Near a minimum rounding decides how long a line search takes, and
+    which of the equally good points it ends at. Nobody should get other bits, or six
+    times the evaluations, for not having looked at the state.
+    """
+    never = state.step < 0
+    leaves = [x for x in jax.tree.leaves(state) if x.size]
+    numbers = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+    witness = sum(x.ravel()[0].astype(jnp.float64) for x in numbers)
+    return jax.tree.map(lambda x: jnp.where(never, witness, x), y)
 
 
 def _unused(*_: Any) -> Any:

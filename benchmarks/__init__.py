@@ -1,0 +1,1 @@
+"""Benchmarks: one module for each question. `python -m benchmarks` runs them all."""

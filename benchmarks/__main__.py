@@ -1,0 +1,14 @@
+"""Runs every benchmark: `python -m benchmarks` (from the root of the repository)."""
+
+from . import calls
+
+
+def main() -> None:
+    for benchmark in (calls,):
+        print(benchmark.__doc__.strip(), end="\n\n")
+        benchmark.main()
+        print()
+
+
+if __name__ == "__main__":
+    main()

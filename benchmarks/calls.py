@@ -1,0 +1,131 @@
+"""What does a call cost, compared with jax-privacy 2.0.0?
+
+Ratios are ours / upstream's, each measured in pairs in one run: medians over the pairs.
+
+* cold: the first call in a fresh process (JAX itself is warmed up before).
+* repeated: the same call again, eager, with the same loss function.
+* other array: again, with a fresh closure over another array.
+* jitted: our solve under `jax.jit`, compiled before, against upstream's repeated call.
+* evaluations: how often the loss was executed.
+"""
+
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax_privacy.matrix_factorization import optimization as upstream
+from jax_privacy.matrix_factorization import toeplitz
+
+import jaxmf_opt
+
+PROBLEMS = {"Toeplitz n=128 b=16": (128, 16), "Toeplitz n=1024 b=32": (1024, 32)}
+OPTIMIZE = {"ours": jaxmf_opt.optimize, "upstream": upstream.optimize}
+PAIRS = 5
+
+
+def _problem(n: int, bands: int) -> tuple[Callable[..., Any], jax.Array]:
+    loss = functools.partial(toeplitz.loss, n=n, reduction_fn=jnp.mean)
+    return loss, toeplitz.optimal_max_error_strategy_coefs(bands)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _cold(who: str, n: int, bands: int) -> float:
+    """The first call, in this process."""
+    loss, params = _problem(n, bands)
+    return _seconds(lambda: OPTIMIZE[who](loss, params))
+
+
+def _cold_in_fresh_process(who: str, n: int, bands: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.calls", who, str(n), str(bands)]
+    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    return json.loads(out)
+
+
+def _ratio(call: Callable[[str], float]) -> str:
+    pairs = [(call("ours"), call("upstream")) for _ in range(PAIRS)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return f"{ratio:8.4f}   ({ours:.4f} s / {theirs:.4f} s)"
+
+
+def _evaluations(who: str, n: int, bands: int, **options: Any) -> int:
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    loss, params = _problem(n, bands)
+
+    def counted(coef: jax.Array) -> jax.Array:
+        jax.debug.callback(tick)
+        return loss(coef)
+
+    jax.block_until_ready(OPTIMIZE[who](counted, params, **options))
+    jax.effects_barrier()
+    return count
+
+
+def _measure(n: int, bands: int) -> None:
+    loss, params = _problem(n, bands)
+    scales = itertools.count(1.0, 0.1)
+    jitted = jax.jit(functools.partial(jaxmf_opt.optimize, loss))
+
+    def cold(who: str) -> float:
+        return _cold_in_fresh_process(who, n, bands)
+
+    def repeated(who: str) -> float:
+        return _seconds(lambda: OPTIMIZE[who](loss, params))
+
+    def other_array(who: str) -> float:
+        weights = jnp.full(n, next(scales))
+
+        def weighted(coef: jax.Array) -> jax.Array:
+            error = toeplitz.per_query_error(strategy_coef=coef, n=n)
+            return jnp.mean(weights * error) * jnp.sum(coef**2)
+
+        return _seconds(lambda: OPTIMIZE[who](weighted, params))
+
+    def warm(who: str) -> float:
+        return _seconds(lambda: jitted(params)) if who == "ours" else repeated(who)
+
+    print("  cold       ", _ratio(cold))
+    for name, call in {
+        "repeated": repeated,
+        "other array": other_array,
+        "jitted": warm,
+    }.items():
+        call("ours")
+        print(f"  {name:11}", _ratio(call))
+    print(
+        f"  evaluations: upstream {_evaluations('upstream', n, bands)}, "
+        f"ours {_evaluations('ours', n, bands)}, "
+        f"ours with rtol=1e-6 {_evaluations('ours', n, bands, rtol=1e-6)}"
+    )
+
+
+def main() -> None:
+    for name, (n, bands) in PROBLEMS.items():
+        print(name)
+        _measure(n, bands)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:  # the child of `_cold_in_fresh_process`
+        jax.block_until_ready(jax.jit(jnp.sin)(1.0))
+        print(json.dumps(_cold(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    else:
+        main()

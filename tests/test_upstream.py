@@ -1,0 +1,656 @@
+"""The numbers of upstream: jax-privacy's `optimize` and ours, run side by side.
+
+Without tolerances a step of ours is the compiled step of upstream, so with the default
+optimizer every value that a callback sees is compared to the bit. Only a zoom line
+search gets a tolerance: see `ZOOM_RTOL`.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax_privacy.matrix_factorization import (
+    banded,
+    buffered_toeplitz,
+    dense,
+    optimization,
+    toeplitz,
+)
+from jaxtyping import Array, PyTree
+
+import jaxmf_opt
+
+UPSTREAM = optimization.optimize
+
+# A zoom line search stores value and gradient at the point that it accepts, and ours
+# takes them from there, while upstream computes them anew, in another fusion: the last
+# bits may differ. 15 memory pairs of a BLT loss, which is ill conditioned, amplify a
+# last bit of a gradient to about 1e-8 of its largest element within 30 steps and 1e-11
+# of the parameters. After that the gradient is rounding noise, which no two programs
+# share, and only the loss still has a meaning.
+ZOOM_RTOL = {"loss": 1e-9, "params": 1e-9, "grad": 1e-6}
+ZOOM_STEPS = 60
+ZOOM_STEPS_BEFORE_NOISE = 30
+
+
+class Problem(NamedTuple):
+    """The arguments of one call of `optimize`."""
+
+    loss: Callable[..., Any]
+    params: PyTree
+    options: dict[str, Any]
+
+
+class Step(NamedTuple):
+    """What a callback sees, copied to NumPy."""
+
+    step: int
+    loss: np.ndarray
+    grad: PyTree
+    params: PyTree
+    state: PyTree
+
+
+class Run(NamedTuple):
+    """All that can be seen of one call of `optimize`."""
+
+    steps: list[Step]
+    result: PyTree
+
+
+class Comparison(NamedTuple):
+    """The runs of upstream and ours, and ours without a callback: one compiled loop."""
+
+    theirs: Run
+    ours: Run
+    loop: PyTree
+
+
+class _Caught(Exception):  # noqa: N818 (no error: it carries a problem out of a call)
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+
+def handed_over(strategy: Callable[[], object]) -> Problem:
+    """What a strategy function of jax-privacy asks its `optimize` to do."""
+
+    def catch(loss_fn: Callable[..., Any], params: PyTree, **options: Any) -> None:
+        raise _Caught(Problem(loss_fn, params, options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimization, "optimize", catch)
+        with pytest.raises(_Caught) as caught:
+            strategy()
+    return caught.value.problem
+
+
+def follow(optimize: Callable[..., PyTree], problem: Problem) -> Run:
+    """Runs a problem and writes down every step."""
+    steps: list[Step] = []
+    options = dict(problem.options)
+    verdict = options.pop("callback", lambda _: None)
+
+    def callback(info: Any) -> Any:
+        # As arrays of NumPy, since a buffer of a step might be reused for the next one.
+        copied = jax.tree.map(np.array, (info.loss, info.grad, info.params, info.state))
+        steps.append(Step(info.step, *copied))
+        return verdict(info)
+
+    result = optimize(problem.loss, problem.params, callback=callback, **options)
+    return Run(steps, result)
+
+
+def compare(problem: Problem) -> Comparison:
+    theirs = follow(UPSTREAM, problem)
+    ours = follow(jaxmf_opt.optimize, problem)
+    # A loop has no callback that could stop it, so its limit is where upstream stopped.
+    options = {k: v for k, v in problem.options.items() if k != "callback"}
+    options["max_optimizer_steps"] = len(theirs.steps)
+    loop = jaxmf_opt.optimize(problem.loss, problem.params, **options)
+    return Comparison(theirs, ours, loop)
+
+
+def assert_identical(ours: PyTree, theirs: PyTree) -> None:
+    """Same structure, shapes and dtypes, and the same values to the bit."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    theirs_by_path = jax.tree_util.tree_leaves_with_path(theirs)
+    for x, (path, y) in zip(jax.tree.leaves(ours), theirs_by_path, strict=True):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(x, y, strict=True, err_msg=where)
+
+
+def assert_close(ours: PyTree, theirs: PyTree, rtol: float) -> None:
+    """Leaf by leaf, relative to the largest element of the leaf."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        atol = rtol * np.abs(y).max(initial=0.0)
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol)
+
+
+# --- The problems -------------------------------------------------------------------
+
+
+def last(values: Array) -> Array:
+    return values[-1]
+
+
+def toeplitz_problem(
+    n: int, bands: int, reduction_fn: Callable[[Array], Array]
+) -> Problem:
+    loss = functools.partial(toeplitz.loss, n=n, reduction_fn=reduction_fn)
+    start = toeplitz.optimal_max_error_strategy_coefs(bands)
+    return Problem(loss, start, {"max_optimizer_steps": 40})
+
+
+def inverse_toeplitz_problem(
+    n: int, bands: int, reduction_fn: Callable[[Array], Array]
+) -> Problem:
+    """The parameters are the coefficients of the noising matrix."""
+
+    def loss(coef: Array) -> Array:
+        error = toeplitz.per_query_error(noising_coef=coef, n=n, skip_checks=True)
+        strategy = toeplitz.inverse_coef(coef, n)
+        return reduction_fn(error) * toeplitz.sensitivity_squared(strategy)
+
+    start = toeplitz.optimal_max_error_noising_coefs(bands)
+    return Problem(loss, start, {"max_optimizer_steps": 40})
+
+
+def dense_problem(epochs: int, **options: Any) -> Problem:
+    """A loss with its own gradient, a projected one, and upstream's own callback."""
+    with jax.enable_x64():
+        problem = handed_over(
+            functools.partial(dense.optimize, 16, epochs=epochs, **options)
+        )
+    assert problem.options["grad"]
+    assert problem.options["callback"] is dense.pg_tol_termination_fn
+    return problem
+
+
+def banded_problem() -> Problem:
+    problem = handed_over(functools.partial(banded.optimize, 16, bands=4))
+    return problem._replace(options={"max_optimizer_steps": 40})
+
+
+def mixed_tree(*, with_integers: bool = False) -> PyTree:
+    with jax.enable_x64():
+        tree: dict[str, Any] = {
+            "single": jnp.arange(3, dtype=jnp.float32),
+            "nested": (
+                jnp.full((2, 3), 0.1, jnp.float64),
+                None,
+                {"brain": jnp.asarray(2.5, jnp.bfloat16)},
+            ),
+            "half": [jnp.linspace(0, 1, 4).astype(jnp.float16)],
+        }
+        if with_integers:
+            tree["whole"] = jnp.array([4, -7], jnp.int32)
+        return tree
+
+
+def coupled_quartic(tree: PyTree) -> Array:
+    """Convex, and no leaf can be minimised without the others."""
+    leaves = jax.tree.leaves(tree)
+    own = [
+        jnp.sum((i + 1) * (x - 0.7 * i) ** 2 + 0.1 * (x - 1) ** 4)
+        for i, x in enumerate(leaves)
+    ]
+    return sum(own, 0.3 * sum(jnp.sum(x) for x in leaves) ** 2)
+
+
+def tree_problem(**options: Any) -> Problem:
+    return Problem(coupled_quartic, mixed_tree(**options), {"max_optimizer_steps": 30})
+
+
+EXACT: dict[str, Callable[[], Problem]] = {
+    "toeplitz-mean-16": lambda: toeplitz_problem(16, 4, jnp.mean),
+    "toeplitz-mean-128": lambda: toeplitz_problem(128, 16, jnp.mean),
+    "toeplitz-mean-1024": lambda: toeplitz_problem(1024, 32, jnp.mean),
+    "toeplitz-max-16": lambda: toeplitz_problem(16, 4, jnp.max),
+    "toeplitz-max-128": lambda: toeplitz_problem(128, 16, jnp.max),
+    "toeplitz-max-1024": lambda: toeplitz_problem(1024, 32, jnp.max),
+    "inverse-mean-16": lambda: inverse_toeplitz_problem(16, 4, jnp.mean),
+    "inverse-mean-128": lambda: inverse_toeplitz_problem(128, 16, jnp.mean),
+    "inverse-mean-1024": lambda: inverse_toeplitz_problem(1024, 32, jnp.mean),
+    "inverse-last-16": lambda: inverse_toeplitz_problem(16, 4, last),
+    "inverse-last-128": lambda: inverse_toeplitz_problem(128, 16, last),
+    "inverse-last-1024": lambda: inverse_toeplitz_problem(1024, 32, last),
+    "dense-1-epoch": lambda: dense_problem(1),
+    "dense-2-epochs": lambda: dense_problem(2),
+    "dense-banded": lambda: dense_problem(2, bands=4, equal_norm=True),
+    "column-normalized": banded_problem,
+    "mixed-tree": tree_problem,
+    "integers-too": lambda: tree_problem(with_integers=True),
+}
+
+
+@functools.cache
+def exact(name: str) -> Comparison:
+    """One pair of runs for all the tests that look at it."""
+    return compare(EXACT[name]())
+
+
+@functools.cache
+def blt() -> Comparison:
+    """Two buffers, by the optimizer that upstream chooses for BLTs."""
+    loss_fn = buffered_toeplitz.LossFn.build_closed_form_single_participation(n=100)
+    problem = handed_over(
+        functools.partial(buffered_toeplitz.optimize_loss, loss_fn, num_buffers=2)
+    )
+    problem.options["max_optimizer_steps"] = ZOOM_STEPS
+    return compare(problem)
+
+
+# --- The interface ------------------------------------------------------------------
+
+
+def test_takes_the_arguments_of_upstream():
+    theirs = inspect.signature(UPSTREAM).parameters or {}
+    ours = inspect.signature(jaxmf_opt.optimize).parameters
+    # Upstream's decorator hides its signature; the function is in its closure.
+    if "loss_fn" not in theirs:
+        (wrapped,) = [
+            c.cell_contents for c in inspect.unwrap(UPSTREAM).__closure__ or ()
+        ]
+        theirs = inspect.signature(wrapped).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for name, parameter in theirs.items():
+        assert ours[name].kind == parameter.kind, name
+    for name in ("loss_fn", "params", "max_optimizer_steps", "grad"):
+        assert ours[name].default == theirs[name].default, name
+
+
+def test_callback_args_have_the_fields_of_upstream():
+    theirs = [f.name for f in dataclasses.fields(optimization.CallbackArgs)]
+    assert [f.name for f in dataclasses.fields(jaxmf_opt.CallbackArgs)] == theirs
+
+
+def test_the_default_optimizer_is_that_of_upstream():
+    """Named or not, and whichever library made it, it takes the same steps."""
+    problem = EXACT["toeplitz-mean-16"]()
+    for optimizer in (optimization.DEFAULT_OPTIMIZER, jaxmf_opt.DEFAULT_OPTIMIZER):
+        result = jaxmf_opt.optimize(
+            problem.loss, problem.params, optimizer=optimizer, **problem.options
+        )
+        assert_identical(result, exact("toeplitz-mean-16").theirs.result)
+
+
+# --- The sequence of steps ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_every_step_is_that_of_upstream(name: str):
+    """Loss, gradient, parameters and optimizer state of each step, to the bit."""
+    theirs, ours, _ = exact(name)
+    assert [s.step for s in ours.steps] == [s.step for s in theirs.steps]
+    for of_ours, of_theirs in zip(ours.steps, theirs.steps, strict=True):
+        for field in ("loss", "grad", "params", "state"):
+            assert_identical(getattr(of_ours, field), getattr(of_theirs, field))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_run_gets_somewhere(name: str):
+    """Else equal steps would say little: the loss falls and no value is missing."""
+    steps = exact(name).ours.steps
+    assert all(type(s.step) is int for s in steps)
+    assert steps[-1].loss < steps[0].loss
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(steps[-1].params))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_result_is_that_of_upstream(name: str):
+    """With a callback and without one, where the solve is a single program."""
+    theirs, ours, loop = exact(name)
+    assert_identical(ours.result, theirs.result)
+    assert_identical(loop, theirs.result)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_result_has_the_types_of_upstream(name: str):
+    theirs, ours, loop = exact(name)
+    for result in (ours.result, loop):
+        assert jax.tree.map(jax.typeof, result) == jax.tree.map(
+            jax.typeof, theirs.result
+        )
+
+
+@pytest.mark.parametrize("name", ["dense-1-epoch", "dense-2-epochs", "dense-banded"])
+def test_the_default_callback_of_upstream_stops_both_at_the_same_step(name: str):
+    theirs, ours, _ = exact(name)
+    assert len(ours.steps) == len(theirs.steps)
+    # It is the callback that stopped, at the first gradient below its tolerance.
+    largest = [np.abs(s.grad).max() for s in ours.steps]
+    assert largest[-1] <= 1e-3 < min(largest[:-1])
+    assert_identical(ours.result, ours.steps[-1].params)
+
+
+def test_the_setting_around_the_call_does_not_matter(x64: bool):
+    del x64
+    ran = compare(tree_problem())
+    assert_identical(ran.ours.result, exact("mixed-tree").theirs.result)
+    assert_identical(ran.theirs.result, exact("mixed-tree").theirs.result)
+    assert_identical(ran.loop, exact("mixed-tree").theirs.result)
+
+
+def test_leaves_get_their_own_dtypes_back():
+    got = jax.tree.map(lambda x: x.dtype, exact("integers-too").loop)
+    want = jax.tree.map(lambda x: x.dtype, mixed_tree(with_integers=True))
+    assert got == want
+    assert set(map(str, jax.tree.leaves(got))) == {
+        "float32",
+        "float64",
+        "bfloat16",
+        "float16",
+        "int32",
+    }
+
+
+# --- Callbacks ----------------------------------------------------------------------
+
+
+def bowl(x: Array) -> Array:
+    return jnp.sum(jnp.cosh(x - 1.5) + 0.2 * x**4)
+
+
+BOWL_START = np.array([0.0, 4.0, -2.0], np.float32)
+
+
+@pytest.mark.parametrize(
+    "verdict", [True, 1, "stop", np.True_, jnp.array(True)], ids=repr
+)
+def test_a_truthy_verdict_ends_the_run_with_that_step(verdict: Any):
+    def callback(info: Any) -> Any:
+        return verdict if info.step == 4 else None
+
+    options = {"max_optimizer_steps": 12, "callback": callback}
+    problem = Problem(bowl, jnp.asarray(BOWL_START), options)
+    theirs, ours = (follow(f, problem) for f in (UPSTREAM, jaxmf_opt.optimize))
+    assert len(ours.steps) == len(theirs.steps) == 5
+    assert_identical(ours.result, theirs.result)
+    kept = jnp.asarray(ours.steps[-1].params.astype(np.float32))
+    assert_identical(ours.result, kept)
+
+
+@pytest.mark.parametrize("verdict", [None, False, 0, "", np.False_], ids=repr)
+def test_a_falsy_verdict_lets_the_run_go_on(verdict: Any):
+    options = {"max_optimizer_steps": 6, "callback": lambda _: verdict}
+    problem = Problem(bowl, jnp.asarray(BOWL_START), options)
+    theirs, ours = (follow(f, problem) for f in (UPSTREAM, jaxmf_opt.optimize))
+    assert len(ours.steps) == len(theirs.steps) == 6
+    assert_identical(ours.result, theirs.result)
+
+
+def test_a_callback_can_stop_by_the_loss_that_it_is_told():
+    def callback(info: Any) -> bool:
+        return bool(info.loss < 8)
+
+    options = {"max_optimizer_steps": 40, "callback": callback}
+    problem = Problem(bowl, jnp.asarray(BOWL_START), options)
+    theirs, ours = (follow(f, problem) for f in (UPSTREAM, jaxmf_opt.optimize))
+    assert 1 < len(ours.steps) == len(theirs.steps) < 40
+    assert_identical(ours.result, theirs.result)
+
+
+@pytest.mark.parametrize("optimize", [UPSTREAM, jaxmf_opt.optimize], ids=["up", "us"])
+def test_a_callback_runs_in_64_bits(optimize: Callable[..., PyTree]):
+    seen = []
+    optimize(
+        bowl,
+        jnp.asarray(BOWL_START),
+        max_optimizer_steps=1,
+        callback=lambda _: seen.append(jnp.zeros(()).dtype),
+    )
+    assert seen == [jnp.float64]
+    assert jnp.zeros(()).dtype == jnp.float32  # and it ends with the call
+
+
+def test_no_steps_at_all():
+    """Upstream hands the parameters back in their dtypes, and calls nothing."""
+    problem = Problem(coupled_quartic, mixed_tree(), {"max_optimizer_steps": 0})
+    theirs, ours, loop = compare(problem)
+    assert ours.steps == theirs.steps == []
+    assert_identical(ours.result, theirs.result)
+    assert_identical(loop, theirs.result)
+    assert_identical(loop, mixed_tree())
+
+
+# --- A zoom line search with much memory --------------------------------------------
+
+
+def test_zoom_takes_as_many_steps_as_upstream():
+    theirs, ours, _ = blt()
+    assert len(ours.steps) == len(theirs.steps) == ZOOM_STEPS
+
+
+def test_the_first_zoom_step_starts_from_the_same_bits():
+    """Before it there is no line search whose results could be reused."""
+    theirs, ours, _ = blt()
+    assert_identical(ours.steps[0].loss, theirs.steps[0].loss)
+    assert_close(ours.steps[0].grad, theirs.steps[0].grad, rtol=1e-12)
+
+
+def test_zoom_losses_are_those_of_upstream():
+    theirs, ours, _ = blt()
+    np.testing.assert_allclose(
+        [s.loss for s in ours.steps],
+        [s.loss for s in theirs.steps],
+        rtol=ZOOM_RTOL["loss"],
+    )
+
+
+@pytest.mark.parametrize("field", ["params", "grad"])
+def test_zoom_steps_are_those_of_upstream_up_to_noise(field: str):
+    theirs, ours, _ = blt()
+    pairs = zip(ours.steps, theirs.steps, strict=True)
+    for of_ours, of_theirs in list(pairs)[:ZOOM_STEPS_BEFORE_NOISE]:
+        got, want = getattr(of_ours, field), getattr(of_theirs, field)
+        assert_close(got, want, ZOOM_RTOL[field])
+
+
+def test_zoom_states_have_the_form_of_upstream():
+    theirs, ours, _ = blt()
+    for of_ours, of_theirs in zip(ours.steps, theirs.steps, strict=True):
+        forms = [
+            jax.tree.map(lambda x: (x.shape, x.dtype), s.state)
+            for s in (of_ours, of_theirs)
+        ]
+        assert forms[0] == forms[1]
+        got, want = (
+            optax.tree.get(s.state, "learning_rate") for s in (of_ours, of_theirs)
+        )
+        if of_ours.step < ZOOM_STEPS_BEFORE_NOISE:
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_zoom_results_are_those_of_upstream():
+    theirs, ours, loop = blt()
+    for result in (ours.result, loop):
+        assert jax.tree.map(jax.typeof, result) == jax.tree.map(
+            jax.typeof, theirs.result
+        )
+        assert_close(result, theirs.result, ZOOM_RTOL["params"])
+
+
+# --- The strategy functions of jax-privacy, on our `optimize` -----------------------
+
+
+class Strategy(NamedTuple):
+    """A call of jax-privacy that optimizes, the setting it needs, and how exact."""
+
+    call: Callable[[], PyTree]
+    x64: bool
+    rtol: float = 0.0
+
+
+STRATEGIES = {
+    "toeplitz-mean": Strategy(
+        lambda: toeplitz.optimize_banded_toeplitz(64, 8, max_optimizer_steps=60),
+        x64=False,
+    ),
+    "toeplitz-max": Strategy(
+        lambda: toeplitz.optimize_banded_toeplitz(
+            64, 8, reduction_fn=jnp.max, max_optimizer_steps=60
+        ),
+        x64=True,
+    ),
+    # This one optimizes in worker threads, a number of bands in each.
+    "toeplitz-amplified": Strategy(
+        lambda: toeplitz.optimize_coefs_for_amplifications(
+            16,
+            dataset_size=16,
+            expected_batch_size=8,
+            epsilon=8.0,
+            delta=1e-3,
+            max_optimizer_steps=30,
+        ),
+        x64=False,
+    ),
+    "banded": Strategy(
+        lambda: banded.optimize(16, bands=4, max_optimizer_steps=40), x64=False
+    ),
+    # Upstream's dense code asks for float64 itself, which JAX grants in 64 bits only.
+    "dense-1-epoch": Strategy(lambda: dense.optimize(16), x64=True),
+    "dense-2-epochs": Strategy(lambda: dense.optimize(16, epochs=2), x64=True),
+    "blt": Strategy(
+        lambda: buffered_toeplitz.optimize(
+            n=100, min_buffers=1, max_buffers=2, max_optimizer_steps=40
+        ),
+        x64=False,
+        rtol=1e-7,  # see ZOOM_RTOL; this includes the step from parameters to BLT
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_are_those_of_upstream(name: str, monkeypatch: pytest.MonkeyPatch):
+    strategy = STRATEGIES[name]
+    calls = 0
+
+    def counting(*args: Any, **kwargs: Any) -> PyTree:
+        nonlocal calls
+        calls += 1
+        return jaxmf_opt.optimize(*args, **kwargs)
+
+    with jax.enable_x64(strategy.x64):
+        theirs = strategy.call()
+        monkeypatch.setattr(optimization, "optimize", counting)
+        ours = strategy.call()
+    assert calls > 0
+    if strategy.rtol:
+        assert_close(ours, theirs, strategy.rtol)
+    else:
+        assert_identical(ours, theirs)
+
+
+# --- Any tree of any dtypes ---------------------------------------------------------
+
+
+class Leaf(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+
+
+_LEAVES = st.builds(
+    Leaf,
+    st.lists(st.integers(1, 4), max_size=3).map(tuple),
+    st.sampled_from(["float32", "float64", "bfloat16", "float16", "int32"]),
+)
+# In wrappers, because a `Leaf` is a tuple and thus itself a tree to JAX.
+_TREES = st.recursive(
+    _LEAVES.map(lambda leaf: {"leaf": leaf}),
+    lambda children: (
+        st.tuples(children, st.none())
+        | st.lists(children, min_size=1, max_size=2)
+        | st.fixed_dictionaries({"x": children, "y": children})
+    ),
+    max_leaves=4,
+)
+
+
+def random_problem(tree: PyTree, seed: int) -> Problem:
+    """A convex loss, quadratic plus quartic, that couples all the elements."""
+    rng = np.random.default_rng(seed)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Leaf))
+
+    def draw(leaf: Leaf) -> Array:
+        return jnp.asarray(3 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    with jax.enable_x64():
+        start = jax.tree.unflatten(treedef, map(draw, leaves))
+    terms = [
+        (
+            np.exp(rng.normal(size=leaf.shape)),
+            0.1 * rng.random(leaf.shape),
+            rng.normal(size=leaf.shape),
+        )
+        for leaf in leaves
+    ]
+
+    def loss(params: PyTree) -> Array:
+        xs = jax.tree.leaves(params)
+        moved = [x - c for x, (_, _, c) in zip(xs, terms, strict=True)]
+        own = [
+            jnp.sum(square * d**2 + fourth * d**4)
+            for d, (square, fourth, _) in zip(moved, terms, strict=True)
+        ]
+        return sum(own, 0.5 * sum(jnp.sum(x) for x in xs) ** 2)
+
+    return Problem(loss, start, {"max_optimizer_steps": 12})
+
+
+# Each example compiles three programs, hence few of them, and they are not shrunk.
+@hypothesis.settings(
+    max_examples=10, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
+@hypothesis.given(tree=_TREES, seed=st.integers(0, 2**32 - 1))
+def test_any_convex_loss_of_any_tree(tree: PyTree, seed: int):
+    theirs, ours, loop = compare(random_problem(tree, seed))
+    for of_ours, of_theirs in zip(ours.steps, theirs.steps, strict=True):
+        assert_identical(of_ours, of_theirs)
+    assert_identical(ours.result, theirs.result)
+    assert_identical(loop, theirs.result)
+
+
+# --- What upstream tests of its `optimize` ------------------------------------------
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(target=st.tuples(*[st.floats(-1e6, 1e6)] * 2))
+def test_finds_the_bottom_of_an_uneven_bowl(target: tuple[float, float]):
+    """From the origin to wherever it is, at curvatures of 1 and 10."""
+    bottom = np.array(target)
+    curvature = np.array([1.0, 10.0])
+
+    def loss(point: tuple[Array, Array]) -> Array:
+        return jnp.sum(curvature * (jnp.stack(point) - bottom) ** 2)
+
+    found = jaxmf_opt.optimize(loss, (jnp.zeros(()), jnp.zeros(())))
+    assert isinstance(found, tuple)
+    np.testing.assert_allclose(found, bottom, rtol=1e-6, atol=1e-8)
+
+
+def test_takes_all_its_steps_and_counts_them_from_zero():
+    """Even on a kink, where no step improves anything once the bottom is reached."""
+    seen = []
+    jaxmf_opt.optimize(
+        lambda x: jnp.abs(x - 3.0),
+        jnp.zeros(()),
+        max_optimizer_steps=7,
+        callback=seen.append,
+    )
+    assert all(isinstance(info, jaxmf_opt.CallbackArgs) for info in seen)
+    assert [info.step for info in seen] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_may_bring_its_gradient():
+    found = jaxmf_opt.optimize(lambda x: (x**2, 2 * x), jnp.asarray(10.0), grad=True)
+    np.testing.assert_array_equal(found, 0.0)
