@@ -5,7 +5,7 @@ from . import calls
 
 def main() -> None:
     for benchmark in (calls,):
-        print(benchmark.__doc__.strip(), end="\n\n")
+        print((benchmark.__doc__ or "").strip(), end="\n\n")
         benchmark.main()
         print()
 

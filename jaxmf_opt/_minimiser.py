@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from optimistix import RESULTS
 
 from ._custom_types import Aux, Y
+from ._select import select, select_if_batched
 
 # A tolerance: a number, or an array so that it can be batched.
 Tolerance: TypeAlias = float | Float[Array, ""]
@@ -261,47 +262,27 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         stopped is therefore shown a fresh optimizer on the constant function 0, at a
         point of infinite loss: its first trial is accepted.
         """
-        # Where nothing is tested only a batch has stopped lanes, and outside of one the
-        # program is kept free of selects: they change how XLA fuses, and so bits.
-        select = jnp.where if self._tests else _select_if_batched
-
-        def if_active(true: PyTree, false: PyTree) -> PyTree:
-            return jax.tree.map(lambda t, f: select(active, t, f), true, false)
-
+        # Where nothing is tested, only a batch can have stopped lanes.
+        choose = select if self._tests else select_if_batched
         zeros = jax.tree.map(jnp.zeros_like, grad)
-        shown_grad = if_active(grad, zeros)
+        shown_loss, shown_grad, shown_state = choose(
+            active,
+            (loss, grad, state.opt_state),
+            (jnp.full_like(loss, jnp.inf), zeros, self.optim.init(y)),
+        )
+
+        def shown_fn(y: Y) -> Scalar:
+            return choose(active, fn(y, args)[0], jnp.zeros_like(loss))
+
         update, opt_state = self.optim.update(
             shown_grad,
-            if_active(state.opt_state, self.optim.init(y)),
+            shown_state,
             y,
-            value=if_active(loss, jnp.full_like(loss, jnp.inf)),
+            value=shown_loss,
             grad=shown_grad,
-            value_fn=lambda y: if_active(fn(y, args)[0], jnp.zeros_like(loss)),
+            value_fn=shown_fn,
         )
-        return if_active(update, zeros), if_active(opt_state, state.opt_state)
-
-
-@jax.custom_batching.custom_vmap
-def _select_if_batched(
-    pred: Bool[Array, ""], true: Shaped[Array, "..."], false: Shaped[Array, "..."]
-) -> Shaped[Array, "..."]:
-    """`jax.lax.select` where `jax.vmap` has batched `pred`, elsewhere `true`."""
-    del pred, false
-    return true
-
-
-@_select_if_batched.def_vmap
-def _(
-    size: int, batched: list[bool], pred: Array, true: Array, false: Array
-) -> tuple[Array, bool]:
-    axes = [0 if b else None for b in batched]
-    if batched[0]:
-        return jax.vmap(jax.lax.select, axes, axis_size=size)(pred, true, false), True
-    true, false = (
-        x if b else jnp.broadcast_to(x, (size, *jnp.shape(x)))
-        for x, b in zip((true, false), batched[1:], strict=True)
-    )
-    return _select_if_batched(pred, true, false), True
+        return choose(active, (update, opt_state), (zeros, state.opt_state))
 
 
 def _stored(

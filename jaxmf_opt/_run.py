@@ -154,8 +154,11 @@ class Recipe:
         return jax.tree.unflatten(treedef, cast)
 
     def _minimiser(self, tolerances: Tolerances) -> LeanOptaxMinimiser:
-        values = map(jnp.float64, tolerances) if self._tests else ()
-        return minimiser_for(self._optimizer, *values, verbose=self._verbose)
+        if self._tests:
+            tolerances = Tolerances(*map(jnp.float64, tolerances))
+        else:
+            tolerances = Tolerances()
+        return minimiser_for(self._optimizer, tolerances, verbose=self._verbose)
 
 
 class Compiled(NamedTuple):

@@ -217,6 +217,9 @@ ad.primitive_transposes[region_p] = _transpose
 def _batch(
     axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: jex.ClosedJaxpr
 ) -> tuple[list[Any], list[Any]]:
+    if all(d is None for d in dims):  # as in the primal part of `jacfwd`
+        out = region_p.bind(*args, jaxpr=jaxpr)
+        return out, [None] * len(out)
     batched = jax.vmap(
         jex.jaxpr_as_fun(jaxpr),
         in_axes=tuple(dims),
