@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import chex
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +27,8 @@ class CallbackArgs:
 
     step: int
     loss: Float[Array, ""]
-    grad: chex.ArrayTree | None
-    params: chex.ArrayTree
+    grad: PyTree | None
+    params: PyTree
     state: Any
 
 

@@ -29,7 +29,8 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
       loss: The loss at the point that the last step started from.
       grad: The gradient at that point.
       aux: What the loss returned beside its value at that point.
-      update: The last step itself, the difference of two iterates.
+      update: The last step itself, the difference of two iterates. None where no
+        tolerance is on: nobody asks for it, and to keep it changes how XLA rounds.
       opt_state: The state of the optax transformation.
       stopped: Whether a tolerance has been met: there is no step left to take.
       reuses_linesearch: Whether `opt_state` ends in a line search that stores value and
@@ -40,7 +41,7 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
     loss: Float[Array, ""]
     grad: Y
     aux: Aux
-    update: Y
+    update: Y | None
     opt_state: PyTree
     stopped: Bool[Array, ""]
     reuses_linesearch: bool = eqx.field(static=True)
@@ -125,7 +126,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             loss=jnp.array(jnp.inf, f_struct.dtype),
             grad=zeros,
             aux=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux_struct),
-            update=zeros,
+            update=zeros if self._tests else None,
             opt_state=opt_state,
             stopped=jnp.array(False),
             reuses_linesearch=no_aux and _stored(opt_state, y) is not None,
@@ -160,7 +161,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             loss=loss,
             grad=grad,
             aux=aux,
-            update=update,
+            update=update if self._tests else None,
             opt_state=opt_state,
             stopped=stopped,
             reuses_linesearch=state.reuses_linesearch,

@@ -6,14 +6,14 @@ import optax
 from jaxtyping import Array, Float
 
 from ._callback import CallbackFnType, no_callback
-from ._custom_types import ParamT
+from ._custom_types import Y
 from ._optimizer import DEFAULT_OPTIMIZER
 from ._solve import solve
 
 
 def optimize(
-    loss_fn: Callable[[ParamT], Float[Array, ""] | tuple[Float[Array, ""], ParamT]],
-    params: ParamT,
+    loss_fn: Callable[[Y], Float[Array, ""] | tuple[Float[Array, ""], Y]],
+    params: Y,
     *,
     max_optimizer_steps: int = 250,
     grad: bool = False,
@@ -22,7 +22,7 @@ def optimize(
     rtol: float | Float[Array, ""] = 0.0,
     atol: float | Float[Array, ""] = 0.0,
     gtol: float | Float[Array, ""] = 0.0,
-) -> ParamT:
+) -> Y:
     """Minimises a differentiable loss, by default with L-BFGS, in float64.
 
     The drop-in for `jax_privacy.matrix_factorization.optimization.optimize`: same

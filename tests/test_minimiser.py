@@ -255,7 +255,7 @@ def test_lanes_equal_single_solves():
 def test_a_stopped_lane_ends_its_line_search_at_once():
     """The batch costs what its slowest lane costs."""
     counted = Counted(bowl)
-    solver = LeanOptaxMinimiser(OPTIMIZERS["default"], rtol=1e-6, atol=1e-6)
+    solver = LeanOptaxMinimiser(OPTIMIZERS["default"], gtol=1e-4)
 
     @jax.jit
     @jax.vmap
@@ -264,8 +264,9 @@ def test_a_stopped_lane_ends_its_line_search_at_once():
         return optx.minimise(fn, solver, y, max_steps=200, throw=False).value
 
     with jax.enable_x64():
-        slow, minimum = jnp.array([[30.0, -2.0, 0.0]]), solve(jnp.zeros((1, 3)))
+        slow = jnp.array([[30.0, -2.0, 0.0]])
+        minimum = solve(slow)
         alone = counted.during(lambda: solve(slow))
         both = counted.during(lambda: solve(jnp.concatenate([slow, minimum])))
     assert alone > 20
-    assert both == 2 * alone  # a batched callback is called once for each lane
+    assert both == alone

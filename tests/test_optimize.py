@@ -1,0 +1,184 @@
+"""`optimize`, called in every way that this library supports."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmf_opt import optimize
+from jaxmf_opt._run import compiled
+
+
+def bowl(y: jax.Array, centre: jax.Array) -> jax.Array:
+    """A strictly convex function with its minimum at `centre`."""
+    weights = jnp.arange(1.0, y.size + 1).reshape(y.shape).astype(y.dtype)
+    difference = y - centre.astype(y.dtype)
+    return jnp.sum(weights * difference**2) + jnp.sum(difference**4)
+
+
+CENTRES = jnp.array([[0.3, -1.0, 2.0], [5.0, 0.1, -4.0]])
+
+
+def minimum(start: jax.Array, centre: jax.Array) -> jax.Array:
+    return optimize(lambda y: bowl(y, centre), start)
+
+
+STARTS = jnp.arange(6.0).reshape(2, 3)
+WAYS: dict[str, tuple[Callable[..., Any], Any]] = {
+    "jit": (jax.jit(minimum), (STARTS[0], CENTRES[0])),
+    "jit, constant params": (
+        jax.jit(lambda c: minimum(jnp.zeros(3), c)),
+        (CENTRES[0],),
+    ),
+    "jit, constant loss": (
+        jax.jit(lambda s: minimum(s, CENTRES[0])),
+        (STARTS[0],),
+    ),
+    "vmap over params": (
+        jax.vmap(minimum, in_axes=(0, None)),
+        (STARTS, CENTRES[0]),
+    ),
+    "vmap over the loss": (
+        jax.vmap(minimum, in_axes=(None, 0)),
+        (STARTS[0], CENTRES),
+    ),
+    "vmap over both": (jax.vmap(minimum), (STARTS, CENTRES)),
+    "jit of vmap": (jax.jit(jax.vmap(minimum)), (STARTS, CENTRES)),
+    "vmap of jit": (jax.vmap(jax.jit(minimum)), (STARTS, CENTRES)),
+    "vmap of vmap": (
+        jax.vmap(jax.vmap(minimum, (0, None)), (None, 0)),
+        (STARTS, CENTRES),
+    ),
+    "jit of vmap of vmap of jit": (
+        jax.jit(jax.vmap(jax.vmap(jax.jit(minimum), (None, 0)), (0, None))),
+        (STARTS, CENTRES),
+    ),
+    "scan": (
+        lambda s, c: jax.lax.scan(lambda y, c: (minimum(y, c),) * 2, s, c)[1],
+        (STARTS[0], CENTRES),
+    ),
+    "vmap of map": (
+        jax.vmap(lambda c: jax.lax.map(lambda c: minimum(STARTS[0], c), c)),
+        (CENTRES[None],),
+    ),
+    "filter_jit": (eqx.filter_jit(minimum), (STARTS[0], CENTRES[0])),
+    "nothing traced, under jit": (
+        jax.jit(lambda: minimum(STARTS[0], CENTRES[0])),
+        (),
+    ),
+}
+
+
+class TestInLargerPrograms:
+    """Over params, over what the loss closes over, over both; nested."""
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_value(self, way: str, x64: bool):
+        fn, args = WAYS[way]
+        dtype = jnp.float64 if x64 else jnp.float32
+        args = jax.tree.map(lambda x: x.astype(dtype), args)
+        out = fn(*args)
+        centres = CENTRES if out.ndim > 1 else CENTRES[0]
+        want = np.broadcast_to(centres, out.shape)
+        if way == "vmap over params":
+            want = np.broadcast_to(CENTRES[0], out.shape)
+        if way == "vmap of vmap":
+            want = np.broadcast_to(CENTRES[:, None], out.shape)
+        np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-7)
+
+    def test_a_solve_inside_a_loss(self):
+        def outer(y: jax.Array) -> jax.Array:
+            inner = optimize(lambda z: bowl(z, CENTRES[0]), jnp.zeros(3))
+            return bowl(y, jax.lax.stop_gradient(inner))
+
+        np.testing.assert_allclose(optimize(outer, jnp.ones(3)), CENTRES[0], rtol=1e-6)
+
+    def test_one_compiled_program_without_host_calls(self):
+        text = jax.jit(minimum).lower(jnp.zeros(3), CENTRES[0]).compile().as_text()
+        assert text is not None
+        for word in ("custom-call", "infeed", "outfeed", "callback"):
+            assert word not in text
+
+
+class TestCompilation:
+    def test_the_same_loss_function_is_compiled_once(self):
+        self._compiles_once([lambda y: bowl(y, CENTRES[0])] * 2)
+
+    def test_a_fresh_closure_over_another_array_is_not_compiled(self):
+        def closure(centre: jax.Array) -> Callable[[jax.Array], jax.Array]:
+            return lambda y: bowl(y, centre) + 1.0
+
+        values = self._compiles_once([closure(c) for c in CENTRES])
+        np.testing.assert_allclose(values, CENTRES, rtol=1e-6)
+
+    def test_a_loss_with_a_derivative_rule_is_compiled_once(self):
+        def loss(y: jax.Array) -> jax.Array:
+            return jnp.sum(jax.scipy.special.xlogy(y**2 + 1, y**2 + 2))
+
+        self._compiles_once([loss, loss])
+
+    def test_a_fresh_equal_optimizer_is_not_compiled(self):
+        self._compiles_once(
+            [lambda y: bowl(y, CENTRES[1])] * 2,
+            optimizer=lambda: optax.lbfgs(memory_size=3),
+        )
+
+    def test_the_number_of_steps_and_the_tolerances_are_not_compiled_in(self):
+        loss = functools.partial(bowl, centre=CENTRES[0] + 1)
+        before = compiled.cache_info().misses
+        for steps, rtol in ((3, 1e-3), (5, 1e-8)):
+            optimize(loss, jnp.zeros(3), max_optimizer_steps=steps, rtol=rtol)
+        assert compiled.cache_info().misses == before + 1
+
+    def _compiles_once(
+        self, losses: list[Any], optimizer: Callable[[], Any] | None = None
+    ) -> list[jax.Array]:
+        options = {} if optimizer is None else {"optimizer": optimizer()}
+        values = [optimize(losses[0], jnp.ones(3), **options)]
+        count = _compilations()
+        for loss in losses[1:]:
+            options = {} if optimizer is None else {"optimizer": optimizer()}
+            values.append(optimize(loss, jnp.ones(3), **options))
+        assert _compilations() == count
+        return values
+
+    def test_a_rebound_global_gives_the_new_answer(self):
+        scope: dict[str, Any] = {"target": 1.0, "jnp": jnp}
+        exec("def loss(y): return jnp.sum((y - target) ** 2)", scope)
+        first = optimize(scope["loss"], jnp.zeros(2))
+        scope["target"] = 2.0
+        second = optimize(scope["loss"], jnp.zeros(2))
+        np.testing.assert_allclose([first, second], [[1, 1], [2, 2]], rtol=1e-6)
+
+    def test_custom_rules_that_differ_are_told_apart(self):
+        """Two losses of the same values, with other derivatives."""
+
+        def loss_with(slope: float) -> Callable[[jax.Array], jax.Array]:
+            @jax.custom_jvp
+            def square(y: jax.Array) -> jax.Array:
+                return jnp.sum(y**2)
+
+            square.defjvp(lambda p, t: (square(*p), slope * jnp.sum(2 * p[0] * t[0])))
+            return square
+
+        steps = [
+            optimize(
+                loss_with(slope),
+                jnp.ones(2),
+                max_optimizer_steps=1,
+                optimizer=optax.sgd(0.1),
+            )
+            for slope in (1.0, -1.0)
+        ]
+        np.testing.assert_allclose(steps, [[0.8, 0.8], [1.2, 1.2]], rtol=1e-6)
+
+
+def _compilations() -> int:
+    """How many programs have been compiled: misses of the recipe cache."""
+    return compiled.cache_info().misses
