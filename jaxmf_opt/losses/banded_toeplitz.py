@@ -80,6 +80,10 @@ def mean_squared_error(
       The loss, a scalar. With `n < 1` or `bands < 1` it is not finite.
     """
     (max_bands,), (max_n,) = strategy_coef.shape, workload_coef.shape
+    # Inside a solve the strategy is float64, and the workload what the caller has.
+    dtype = jnp.promote_types(strategy_coef.dtype, workload_coef.dtype)
+    strategy_coef = strategy_coef.astype(dtype)
+    workload_coef = workload_coef.astype(dtype)
     strategy_coef = jnp.where(jnp.arange(max_bands) < bands, strategy_coef, 0.0)
     b = _solve_banded(strategy_coef, workload_coef)
     # Row t of B has the entries b_0 ... b_t, so b_i is in n - i of its n rows.

@@ -1,0 +1,62 @@
+"""What the README shows works as written."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for of_language, text in fenced if of_language == language]
+
+
+def test_every_python_block_runs(capsys: pytest.CaptureFixture[str]):
+    scope: dict[str, object] = {}
+    for block in blocks("python"):  # each goes on from those before it
+        exec(block, scope)
+    printed = capsys.readouterr().out.splitlines()
+    shown = re.findall(r"print\(.*\)  # (.*)", README)
+    assert shown
+    assert set(shown) <= set(printed)
+
+
+def test_ci_runs_the_commands_as_written():
+    ci = (ROOT / ".ci" / "run").read_text()
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert f"\n{command}\n" in ci
+
+
+def test_the_layout_lists_every_module():
+    (layout,) = blocks("")[-1:]
+    modules = {p.name for p in (ROOT / "jaxmf_opt").glob("*.py")} - {"__init__.py"}
+    assert modules == set(re.findall(r"\b(\w+\.py)\b", layout))
+
+
+def test_no_module_imports_one_above_it():
+    order = re.findall(r"^  (\w+)\.py", blocks("")[-1], re.MULTILINE)
+    for path in (ROOT / "jaxmf_opt").glob("_*.py"):
+        if path.stem not in order or path.stem == "__main__":
+            continue
+        imported = re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
+        for name in set(imported) & set(order):
+            assert order.index(name) > order.index(path.stem), (path.stem, name)
+
+
+def test_no_stray_files_at_the_top():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    assert top <= {
+        *("pyproject.toml", "jaxmf_opt", "tests", "benchmarks", "README.md"),
+        *("LICENSE", ".gitignore", ".ci"),
+    }
