@@ -47,6 +47,22 @@ class Program(NamedTuple):
             return self._evaluate(params, captured)[0]
         return _loss_with_gradient(self, params, captured)
 
+    def gradient(self, params: PyTree, captured: Sequence[Array]) -> PyTree:
+        """The gradient of the loss in `params`: the user's if there is one.
+
+        Differentiable in both arguments, as often as the loss allows.
+
+        Args:
+          params: float64 leaves.
+          captured: The arrays that the loss closes over.
+
+        Returns:
+          float64 leaves in the structure of `params`.
+        """
+        if not self.has_grad:
+            return jax.grad(self.loss)(params, captured)
+        return jax.tree.unflatten(self.treedef, self._evaluate(params, captured)[1:])
+
     def _evaluate(self, params: PyTree, captured: Sequence[Array]) -> list[Array]:
         leaves = jax.tree.leaves(params)
         return jex.jaxpr_as_fun(self.value.jaxpr)(*captured, *leaves)

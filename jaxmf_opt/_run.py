@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -47,6 +48,8 @@ class Recipe:
     optimizer cannot be compared equals only itself.
 
     Attributes:
+      program: What the loss computes.
+      optimizer: The optax transformation.
       cacheable: Whether another recipe can ever be equal to this one.
     """
 
@@ -68,8 +71,8 @@ class Recipe:
           tests: Whether the tolerances are looked at.
           verbose: As in `optimistix.OptaxMinimiser`.
         """
-        self._program = program
-        self._optimizer = optimizer
+        self.program = program
+        self.optimizer = optimizer
         self._dtypes = tuple(dtypes)
         self._tests = tests
         self._verbose = verbose
@@ -85,6 +88,16 @@ class Recipe:
             return self is other
         return self._key == other._key
 
+    def with_optimizer(self, optimizer: optax.GradientTransformation) -> "Recipe":
+        """The same recipe with other arrays in its optimizer."""
+        return Recipe(
+            self.program,
+            optimizer,
+            self._dtypes,
+            tests=self._tests,
+            verbose=self._verbose,
+        )
+
     def solve(
         self,
         params: PyTree,
@@ -92,7 +105,9 @@ class Recipe:
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
     ) -> optx.Solution:
-        """The whole solve. To be called, or traced, with 64-bit types.
+        """The whole solve, its value in the recipe's dtypes.
+
+        To be called, or traced, with 64-bit types.
 
         Args:
           params: The starting point, of any real dtypes.
@@ -101,10 +116,22 @@ class Recipe:
           tolerances: When to stop before it.
 
         Returns:
-          The solution; its value has the recipe's dtypes.
+          The solution.
         """
+        solution = self.solve_in_float64(params, captured, max_steps, tolerances)
+        value = self.in_dtypes(solution.value)
+        return eqx.tree_at(lambda s: s.value, solution, value)
+
+    def solve_in_float64(
+        self,
+        params: PyTree,
+        captured: Sequence[Array],
+        max_steps: Int[Array, ""] | int,
+        tolerances: Tolerances,
+    ) -> optx.Solution:
+        """The same as `solve`, with the value as it is: float64."""
         solution = optx.minimise(
-            self._program.loss,
+            self.program.loss,
             self._minimiser(tolerances),
             _as_float64(params),
             captured,
@@ -112,12 +139,11 @@ class Recipe:
             adjoint=_WhileBelow(jnp.asarray(max_steps)),
             throw=False,
         )
-        stats = {**solution.stats, "max_steps": jnp.asarray(max_steps)}
         return optx.Solution(
-            value=self.in_dtypes(_pin(solution.value, solution.state)),
+            value=_pin(solution.value, solution.state),
             result=solution.result,
             aux=solution.aux,
-            stats=stats,
+            stats={**solution.stats, "max_steps": jnp.asarray(max_steps)},
             state=solution.state,
         )
 
@@ -138,7 +164,7 @@ class Recipe:
     ) -> tuple[PyTree, MinimiserState]:
         """The point and the state after one more step."""
         y, state, _ = self._minimiser(tolerances).step(
-            lambda y, captured: (self._program.loss(y, captured), None),
+            lambda y, captured: (self.program.loss(y, captured), None),
             y,
             captured,
             {},
@@ -158,7 +184,7 @@ class Recipe:
             tolerances = Tolerances(*map(jnp.float64, tolerances))
         else:
             tolerances = Tolerances()
-        return minimiser_for(self._optimizer, tolerances, verbose=self._verbose)
+        return minimiser_for(self.optimizer, tolerances, verbose=self._verbose)
 
 
 class Compiled(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import optax
 import optimistix as optx
 from jax.core import Tracer
@@ -20,10 +21,11 @@ from ._checks import (
     check_steps,
     check_tolerance,
 )
+from ._implicit import solve_in_program
 from ._objective import Objective, trace
 from ._optimizer import DEFAULT_OPTIMIZER
 from ._run import Recipe, Tolerances, compiled
-from ._x64 import jax_enable_x64, x64_region
+from ._x64 import jax_enable_x64
 
 
 def solve(
@@ -37,6 +39,7 @@ def solve(
     rtol: float | Float[Array, ""] = 0.0,
     atol: float | Float[Array, ""] = 0.0,
     gtol: float | Float[Array, ""] = 0.0,
+    linear_solver: lx.AbstractLinearSolver | None = None,
     verbose: bool | Callable[..., None] = False,
 ) -> optx.Solution:
     """Minimises a loss, and returns all there is to know about the run.
@@ -51,6 +54,7 @@ def solve(
       rtol: Relative tolerance of the Cauchy criterion.
       atol: Absolute tolerance of the Cauchy criterion.
       gtol: Tolerance for the max-norm of the gradient.
+      linear_solver: For the linear system of the derivative.
       verbose: As in `optimistix.OptaxMinimiser`: True prints each step, a callable is
         traced in each step with what there is to print.
 
@@ -93,7 +97,9 @@ def solve(
             recipe, objective, params, max_steps, tolerances, callback
         )
     if traced or not recipe.cacheable:
-        return x64_region(recipe.solve, params, captured, max_steps, tolerances)
+        return solve_in_program(
+            recipe, params, captured, max_steps, tolerances, linear_solver
+        )
     with jax.enable_x64():
         return compiled(recipe).solve(params, captured, max_steps, tolerances)
 
