@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "strategies.npz").touch()
+        (args.out / "strategies.npz").open("ab").close()
     except OSError as e:
         parser.error(f"argument --out: cannot write into {args.out}: {e.strerror}")
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def number(kind: type, low: float, high: float) -> Any:
+    def number(kind: type, low: int, high: int | float) -> Any:
         def parse(text: str) -> Any:
             try:
                 value = kind(text)
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
         return parse
 
-    count = number(int, 1, np.inf)
+    count = number(int, 1, 2**31)
     parser = _Parser(
         prog="python -m jaxmf_opt",
         description=_DESCRIPTION,
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-optimizer-steps",
-        type=number(int, 0, np.inf),
+        type=number(int, 0, 2**31),
         default=250,
         metavar="K",
         help="limit of L-BFGS steps (default: 250)",

@@ -65,8 +65,10 @@ def check_steps(max_optimizer_steps: Any) -> int:
             "`max_optimizer_steps` must be an integer, got "
             f"{max_optimizer_steps!r} of type {type(max_optimizer_steps).__name__}."
         ) from e
-    if steps < 0:
-        raise ValueError(f"`max_optimizer_steps` must be at least 0, got {steps}.")
+    if not 0 <= steps < 2**63:
+        raise ValueError(
+            f"`max_optimizer_steps` must be at least 0 and fit in 64 bits, got {steps}."
+        )
     return steps
 
 

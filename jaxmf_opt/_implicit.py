@@ -22,7 +22,6 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import numpy as np
 import optimistix as optx
 from jax.dtypes import float0
 from jax.flatten_util import ravel_pytree
@@ -71,43 +70,35 @@ def solve_in_program(
     optimizer = eqxi.closure_to_pytree(recipe.optimizer)
     arrays, rest = eqx.partition(optimizer, eqx.is_array)
 
-    @jax.custom_jvp
-    def run(*operands: Any) -> tuple[PyTree, optx.Solution]:
-        return x64_region(in_float64, *operands)
-
-    def in_float64(
-        captured: Sequence[Array], params: PyTree, arrays: PyTree, *limits: Any
-    ) -> tuple[PyTree, optx.Solution]:
+    def run(params: PyTree, captured: Any, arrays: PyTree, *limits: Any) -> Any:
         whole = recipe
         if jax.tree.leaves(arrays):
             whole = recipe.with_optimizer(eqx.combine(arrays, rest))
-        solution = whole.solve_in_float64(params, captured, *limits)
-        return recipe.in_dtypes(solution.value), solution
+        return whole.solve_in_float64(params, captured, *limits)
 
-    @run.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        out = run(*primals)
-        captured, y = primals[0], out[1].value
-        moves = [None if t.dtype == float0 else t for t in tangents[0]]
+    # No tangent enters the solve itself. They come in again with its result.
+    operands = (params, captured, arrays, max_steps, tolerances)
+    solution = x64_region(run, *jax.lax.stop_gradient(operands))
 
-        def tangents_of_out(y: PyTree, captured: Any, moves: Any, out: Any) -> Any:
-            dy = tangent_of_minimum(recipe.program, y, captured, moves, linear_solver)
-            zero = jax.tree.map(_zero_tangent, out[1])
-            zero = eqx.tree_at(lambda s: s.value, zero, dy)
-            return recipe.in_dtypes(dy), zero
+    @jax.custom_jvp
+    def minimum(y: PyTree, captured: Sequence[Array]) -> PyTree:
+        """`y`, as something that depends on `captured`."""
+        del captured
+        return y
 
-        inexact, others = eqx.partition(out, eqx.is_inexact_array)
-        moved = x64_region(tangents_of_out, y, captured, moves, inexact)
-        return out, eqx.combine(moved, jax.tree.map(_zero_tangent, others))
+    @minimum.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+        y = minimum(*primals)
+        moves = [None if t.dtype == float0 else t for t in tangents[1]]
 
-    value, solution = run(list(captured), params, arrays, max_steps, tolerances)
+        def tangent(y: PyTree, captured: Any, moves: Any) -> PyTree:
+            return tangent_of_minimum(recipe.program, y, captured, moves, linear_solver)
+
+        return y, x64_region(tangent, y, primals[1], moves)
+
+    y = minimum(solution.value, list(captured))
+    value = x64_region(recipe.in_dtypes, y)
     return eqx.tree_at(lambda s: s.value, solution, value)
-
-
-def _zero_tangent(x: Array) -> Array | np.ndarray:
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(x.shape, float0)
 
 
 def tangent_of_minimum(
@@ -143,16 +134,15 @@ def tangent_of_minimum(
     def of_point(x: Float[Array, " n"]) -> Float[Array, " n"]:
         return gradient(x, moving)
 
+    # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
+    symmetric = not program.has_grad
     if linear_solver is None and flat.size <= DIRECT_SIZE:
-        operator = lx.MatrixLinearOperator(jax.jacfwd(of_point)(flat))
-        linear_solver = lx.SVD(rcond=RCOND)
-    else:
-        # The Hessian at a minimum; a user's gradient may have any Jacobian.
-        tags = frozenset() if program.has_grad else lx.positive_semidefinite_tag
-        _, product = jax.linearize(of_point, flat)
-        operator = lx.FunctionLinearOperator(product, jax.typeof(flat), tags)
-        if linear_solver is None:
-            kind = lx.LSMR if program.has_grad else lx.CG
-            linear_solver = kind(rtol=1e-10, atol=1e-300)
-    solution = lx.linear_solve(operator, -rhs, linear_solver, throw=False)
-    return unravel(solution.value)
+        matrix = jax.jacfwd(of_point)(flat)
+        inverse = jnp.linalg.pinv(matrix, rtol=RCOND, hermitian=symmetric)
+        return unravel(-inverse @ rhs)
+    if linear_solver is None:
+        linear_solver = (lx.CG if symmetric else lx.LSMR)(rtol=1e-10, atol=1e-300)
+    tags = lx.positive_semidefinite_tag if symmetric else frozenset()
+    _, product = jax.linearize(of_point, flat)
+    operator = lx.FunctionLinearOperator(product, jax.typeof(flat), tags)
+    return unravel(lx.linear_solve(operator, -rhs, linear_solver, throw=False).value)

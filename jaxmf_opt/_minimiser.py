@@ -18,7 +18,7 @@ from ._custom_types import Aux, Y
 from ._select import select, select_if_batched
 
 # A tolerance: a number, or an array so that it can be batched.
-Tolerance: TypeAlias = float | Float[Array, ""]
+Tolerance: TypeAlias = float | int | Float[Array, ""]
 
 
 class MinimiserState(eqx.Module, Generic[Y, Aux]):

@@ -10,6 +10,7 @@ from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from ._structure import Structure
+from ._x64 import inside_region, struct
 
 
 class Program(NamedTuple):
@@ -109,7 +110,7 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
             out += _check_gradient(gradient, treedef, structs)
         return out
 
-    with jax.enable_x64():
+    with inside_region():
         closed = jax.make_jaxpr(outputs)(*structs)
         captured = [jnp.asarray(c) for c in closed.consts]
         open_jaxpr = closed.jaxpr
@@ -118,7 +119,8 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
             n = len(captured)
             return eval_jaxpr(open_jaxpr, operands[:n], *operands[n:])
 
-        operands = [*captured, *structs]
+        captured_structs = [struct(c) for c in captured]
+        operands = [*captured_structs, *structs]
         value = Structure(jax.make_jaxpr(explicit)(*operands) if captured else closed)
         value_and_grad = None
         if value.has_custom_rules and not grad:
@@ -127,7 +129,7 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
                     jax.value_and_grad(
                         lambda leaves, captured: explicit(*captured, *leaves)[0]
                     )
-                )(structs, captured)
+                )(structs, captured_structs)
             )
     return Objective(Program(value, value_and_grad, treedef, grad), captured)
 
@@ -192,7 +194,7 @@ def _check_gradient(
 
 def _real(x: Any, wanted: str) -> Array:
     try:
-        dtype = jnp.result_type(x)
+        dtype = jax.typeof(x).dtype
     except (TypeError, ValueError):
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

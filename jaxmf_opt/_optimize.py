@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import lineax as lx
 import optax
 from jaxtyping import Array, Float
 
 from ._callback import CallbackFnType, no_callback
 from ._custom_types import Y
+from ._minimiser import Tolerance
 from ._optimizer import DEFAULT_OPTIMIZER
 from ._solve import solve
 
@@ -19,9 +21,10 @@ def optimize(
     grad: bool = False,
     callback: CallbackFnType = no_callback,
     optimizer: optax.GradientTransformation = DEFAULT_OPTIMIZER,
-    rtol: float | Float[Array, ""] = 0.0,
-    atol: float | Float[Array, ""] = 0.0,
-    gtol: float | Float[Array, ""] = 0.0,
+    rtol: Tolerance = 0.0,
+    atol: Tolerance = 0.0,
+    gtol: Tolerance = 0.0,
+    linear_solver: lx.AbstractLinearSolver | None = None,
 ) -> Y:
     """Minimises a differentiable loss, by default with L-BFGS, in float64.
 
@@ -30,6 +33,14 @@ def optimize(
     compiled program. Called eagerly, it is compiled once for all losses that compute
     the same thing; inside `jax.jit` and `jax.vmap` it is part of the caller's program.
     The setting `jax_enable_x64` around the call does not matter.
+
+    The result can be differentiated, in forward and reverse mode and repeatedly, with
+    respect to whatever floating-point values the loss closes over: by the implicit
+    function theorem, as if the result were an exact minimum. (Where it is not, because
+    the limit of steps was reached, the derivative is that of the point as if it were.)
+    Of a minimum that is not unique, as that of a loss that does not depend on the scale
+    of its parameters, the derivative is the one of smallest norm. With respect to the
+    starting point, the tolerances and the optimizer it is zero.
 
     Args:
       loss_fn: Takes parameters as float64 arrays, returns a real scalar. It may close
@@ -51,6 +62,9 @@ def optimize(
         in upstream, the solve takes all its steps.
       atol: Absolute tolerance of the same criterion.
       gtol: Stop once no element of the gradient is larger than this.
+      linear_solver: Solves the linear system of the derivative of the minimum, if one
+        is taken. By default a pseudo-inverse up to 512 parameters, and conjugate
+        gradients without a matrix above (LSMR with `grad=True`).
 
     Returns:
       The parameters that approximately minimise the loss locally, with the structure
@@ -83,4 +97,5 @@ def optimize(
         rtol=rtol,
         atol=atol,
         gtol=gtol,
+        linear_solver=linear_solver,
     ).value

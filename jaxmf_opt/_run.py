@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import optimistix as optx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from ._minimiser import LeanOptaxMinimiser, MinimiserState
+from ._minimiser import LeanOptaxMinimiser, MinimiserState, Tolerance
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._stall import minimiser_for
@@ -31,9 +31,9 @@ class Tolerances(NamedTuple):
       gtol: Tolerance for the max-norm of the gradient.
     """
 
-    rtol: float | Float[Array, ""] = 0.0
-    atol: float | Float[Array, ""] = 0.0
-    gtol: float | Float[Array, ""] = 0.0
+    rtol: Tolerance = 0.0
+    atol: Tolerance = 0.0
+    gtol: Tolerance = 0.0
 
     @property
     def off(self) -> bool:

@@ -10,7 +10,7 @@ import lineax as lx
 import optax
 import optimistix as optx
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from ._callback import CallbackArgs, CallbackFnType, no_callback
 from ._checks import (
@@ -22,6 +22,7 @@ from ._checks import (
     check_tolerance,
 )
 from ._implicit import solve_in_program
+from ._minimiser import Tolerance
 from ._objective import Objective, trace
 from ._optimizer import DEFAULT_OPTIMIZER
 from ._run import Recipe, Tolerances, compiled
@@ -36,9 +37,9 @@ def solve(
     grad: bool = False,
     callback: CallbackFnType = no_callback,
     optimizer: optax.GradientTransformation = DEFAULT_OPTIMIZER,
-    rtol: float | Float[Array, ""] = 0.0,
-    atol: float | Float[Array, ""] = 0.0,
-    gtol: float | Float[Array, ""] = 0.0,
+    rtol: Tolerance = 0.0,
+    atol: Tolerance = 0.0,
+    gtol: Tolerance = 0.0,
     linear_solver: lx.AbstractLinearSolver | None = None,
     verbose: bool | Callable[..., None] = False,
 ) -> optx.Solution:

@@ -10,8 +10,9 @@ whose every rule switches the precision on again before it touches that jaxpr. T
 program around it a region is a single opaque operation on arrays.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -21,9 +22,12 @@ import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
 from ._structure import compiled
+from ._varying import as_operand, unchecked, vary_alike, without_axes
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -70,7 +74,18 @@ def x64_region(fn: Callable[..., Any], *args: Any) -> Any:
       What `fn(*args)` returns when all of JAX runs with 64-bit types.
     """
     jaxpr, operands, out_tree = _stage(fn, *args)
-    return jax.tree.unflatten(out_tree, region_p.bind(*operands, jaxpr=jaxpr))
+    return jax.tree.unflatten(out_tree, _bind(*operands, jaxpr=jaxpr))
+
+
+@contextlib.contextmanager
+def inside_region() -> Iterator[None]:
+    """The setting in which a region is traced, and in which its rules work."""
+    with jax.enable_x64(), unchecked():
+        yield
+
+
+def _bind(*operands: Any, jaxpr: jex.ClosedJaxpr) -> list[Any]:
+    return region_p.bind(*vary_alike(operands), jaxpr=jaxpr)
 
 
 def _stage(fn: Callable[..., Any], *args: Any) -> tuple[jex.ClosedJaxpr, list, Any]:
@@ -83,16 +98,16 @@ def _stage(fn: Callable[..., Any], *args: Any) -> tuple[jex.ClosedJaxpr, list, A
         out, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(in_tree, leaves)))
         return [jnp.asarray(x) for x in out]
 
-    with jax.enable_x64():
+    with inside_region():
         leaves = [jnp.asarray(x) for x in leaves]
-        closed = jax.make_jaxpr(flat_fn)(*leaves)
+        closed = jax.make_jaxpr(flat_fn)(*map(struct, leaves))
         consts = [jnp.asarray(c) for c in closed.consts]
         if consts:
             # What `fn` closed over, tracers too, must be visible to the rules below.
             jaxpr = closed.jaxpr
             closed = jax.make_jaxpr(
                 lambda consts, leaves: eval_jaxpr(jaxpr, consts, *leaves)
-            )(consts, leaves)
+            )([struct(c) for c in consts], [struct(x) for x in leaves])
             if closed.consts:
                 raise AssertionError("hoisted constants reappeared while tracing")
     return closed, consts + leaves, out_tree
@@ -100,18 +115,20 @@ def _stage(fn: Callable[..., Any], *args: Any) -> tuple[jex.ClosedJaxpr, list, A
 
 def _restage(fn: Callable[..., Any], avals: Sequence[Any]) -> jex.ClosedJaxpr:
     """Traces a function made from a region's jaxpr: it closes over no arrays."""
-    with jax.enable_x64():
-        return jax.make_jaxpr(fn)(*map(_struct, avals))
+    with inside_region():
+        return jax.make_jaxpr(fn)(*map(struct, avals))
 
 
 def _arrays(operands: Sequence[Any]) -> list[Any]:
     """Makes arrays of the typed literals that JAX puts in the place of scalars."""
-    with jax.enable_x64():
+    with inside_region():
         return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
 
 
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+def struct(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and type of an array, a tracer or an abstract value, and nothing else."""
+    weak_type = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -126,21 +143,47 @@ region_p.multiple_results = True
 # shared between regions of the same structure: the jaxpr is a new object at each call.
 @region_p.def_impl
 def _impl(*args: Any, jaxpr: jex.ClosedJaxpr) -> list[Array]:
-    with jax.enable_x64():
+    with inside_region():
         return compiled(jaxpr)(*_arrays(args))
 
 
 @region_p.def_effectful_abstract_eval
-def _abstract_eval(*_: Any, jaxpr: jex.ClosedJaxpr) -> tuple[list[Any], Any]:
-    return list(jaxpr.out_avals), jaxpr.effects
+def _abstract_eval(*avals: Any, jaxpr: jex.ClosedJaxpr) -> tuple[list[Any], Any]:
+    out = jaxpr.out_avals
+    return [as_operand(o, avals[0]) if avals else o for o in out], jaxpr.effects
 
 
 # Lowering rules trace JAX functions of their own (`argmax`, scatters, random numbers):
 # without the switch those would be float32 inside a float64 module.
 def _lower(ctx: Any, *args: Any, jaxpr: jex.ClosedJaxpr) -> Any:
-    with jax.enable_x64():
+    ctx = ctx.replace(
+        avals_in=[without_axes(a) for a in ctx.avals_in],
+        avals_out=[without_axes(a) for a in ctx.avals_out],
+    )
+    if ctx.dim_var_values:
+        ctx = _with_int64_dimensions(ctx)
+    with inside_region():
         rule = mlir.lower_fun(jex.jaxpr_as_fun(jaxpr), multiple_results=True)
         return rule(ctx, *args)
+
+
+def _with_int64_dimensions(ctx: Any) -> Any:
+    """For `jax.export` with symbolic shapes: sizes are int32 outside, int64 inside.
+
+    Functions that were lowered outside take int32 sizes, so they are not reused here.
+    """
+    int64 = ir.RankedTensorType.get((), ir.IntegerType.get_signless(64))
+    module = ctx.module_context
+    names = (
+        "cached_primitive_lowerings",
+        "lowering_cache",
+        "cached_call_jaxpr_lowerings",
+    )
+    fresh = {name: {} for name in names if hasattr(module, name)}
+    return ctx.replace(
+        module_context=module.replace(**fresh),
+        dim_var_values=[stablehlo.convert(int64, v) for v in ctx.dim_var_values],
+    )
 
 
 mlir.register_lowering(region_p, _lower)
@@ -153,7 +196,7 @@ def _jvp(
 ) -> tuple[list[Any], list[Any]]:
     fn = jex.jaxpr_as_fun(jaxpr)
     primals = _arrays(primals)
-    out = region_p.bind(*primals, jaxpr=jaxpr)
+    out = _bind(*primals, jaxpr=jaxpr)
     moving = [not _is_zero(t) for t in tangents]
     inexact = [jnp.issubdtype(o.dtype, jnp.inexact) for o in out]
 
@@ -172,7 +215,7 @@ def _jvp(
 
     operands = [*primals, *(t for t in tangents if not _is_zero(t))]
     linear = _restage(tangents_out, [jax.typeof(x) for x in operands])
-    it = iter(region_p.bind(*operands, jaxpr=linear))
+    it = iter(_bind(*operands, jaxpr=linear))
     return out, [
         next(it) if f else ad.Zero(jax.typeof(o).to_tangent_aval())
         for o, f in zip(out, inexact, strict=True)
@@ -187,7 +230,7 @@ def _transpose(
 ) -> list[Any]:
     fn = jex.jaxpr_as_fun(jaxpr)
     linear = [ad.is_undefined_primal(x) for x in args]
-    unknown = [_struct(x.aval) for x in args if ad.is_undefined_primal(x)]
+    unknown = [struct(x.aval) for x in args if ad.is_undefined_primal(x)]
     known = _arrays([x for x in args if not ad.is_undefined_primal(x)])
     arriving = [not _is_zero(ct) for ct in cotangents]
 
@@ -205,7 +248,7 @@ def _transpose(
 
     operands = [*known, *(ct for ct in cotangents if not _is_zero(ct))]
     pulled = _restage(pull_back, [jax.typeof(x) for x in operands])
-    it = iter(region_p.bind(*operands, jaxpr=pulled))
+    it = iter(_bind(*operands, jaxpr=pulled))
     return [next(it) if lin else None for lin in linear]
 
 
@@ -218,7 +261,7 @@ def _batch(
     axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: jex.ClosedJaxpr
 ) -> tuple[list[Any], list[Any]]:
     if all(d is None for d in dims):  # as in the primal part of `jacfwd`
-        out = region_p.bind(*args, jaxpr=jaxpr)
+        out = _bind(*args, jaxpr=jaxpr)
         return out, [None] * len(out)
     batched = jax.vmap(
         jex.jaxpr_as_fun(jaxpr),
@@ -229,7 +272,7 @@ def _batch(
     )
     args = _arrays(args)
     closed = _restage(batched, [jax.typeof(x) for x in args])
-    out = region_p.bind(*args, jaxpr=closed)
+    out = _bind(*args, jaxpr=closed)
     return out, [0] * len(out)
 
 

@@ -47,7 +47,10 @@ OPTIMIZERS = {
     "hyperparameters in the state": optax.inject_hyperparams(optax.adam)(1e-2),
     "plain transformation": optax.GradientTransformation(
         lambda params: optax.EmptyState(),
-        lambda g, state, params=None: (jax.tree.map(lambda g: -1e-3 * g, g), state),
+        lambda updates, state, params=None: (
+            jax.tree.map(lambda u: -1e-3 * u, updates),
+            state,
+        ),
     ),
 }
 

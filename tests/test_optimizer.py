@@ -9,8 +9,8 @@ from jaxmf_opt import DEFAULT_OPTIMIZER
 from jaxmf_opt._optimizer import optimizer_key
 
 
-def schedule(step: jax.Array) -> jax.Array:
-    return 0.1 / (1 + step)
+def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+    return 0.1 / (1 + jnp.asarray(count))
 
 
 MAKERS = {

@@ -17,7 +17,7 @@ def structure(fn: Callable[..., Any], *shapes: tuple[int, ...]) -> Structure:
     return Structure(jax.make_jaxpr(fn)(*args))
 
 
-def scan_with(factor: float) -> Callable[[jax.Array], jax.Array]:
+def scan_with(factor: float) -> Callable[[jax.Array], Any]:
     return lambda x: jax.lax.scan(lambda c, y: (c + factor * y, c), 0.0, x)[1]
 
 

@@ -1,6 +1,7 @@
 """64-bit regions, on functions that have nothing to do with solving."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,11 @@ class TestJaxEnableX64:
 
     def test_hands_on_arguments_and_results_of_any_kind(self):
         sentinel = object()
-        out = jax_enable_x64(lambda *args, **kwargs: (args, kwargs, sentinel))(1, k="v")
+
+        def fn(*args: int, **kwargs: str) -> tuple[Any, ...]:
+            return args, kwargs, sentinel
+
+        out = jax_enable_x64(fn)(1, k="v")
         assert out == ((1,), {"k": "v"}, sentinel)
         assert out[2] is sentinel
 

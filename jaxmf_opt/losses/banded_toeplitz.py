@@ -84,21 +84,28 @@ def mean_squared_error(
     dtype = jnp.promote_types(strategy_coef.dtype, workload_coef.dtype)
     strategy_coef = strategy_coef.astype(dtype)
     workload_coef = workload_coef.astype(dtype)
-    strategy_coef = jnp.where(jnp.arange(max_bands) < bands, strategy_coef, 0.0)
-    b = _solve_banded(strategy_coef, workload_coef)
+    used = jnp.arange(max_bands) < jnp.minimum(bands, n)
+    strategy_coef = jnp.where(used, strategy_coef, 0.0)
+    b = _solve_banded(strategy_coef, workload_coef, n)
     # Row t of B has the entries b_0 ... b_t, so b_i is in n - i of its n rows.
     rows = jnp.clip(n - jnp.arange(max_n), 0)
-    error = jnp.sum(jnp.where(rows > 0, b**2, 0.0) * rows) / n
-    return error * jnp.sum(strategy_coef**2)
+    return jnp.sum(b**2 * rows) / n * jnp.sum(strategy_coef**2)
 
 
 def _solve_banded(
-    coef: Float[Array, " bands"], rhs: Float[Array, " n"]
-) -> Float[Array, " n"]:
-    """Solves `C x = rhs` for a banded lower-triangular Toeplitz `C`, row by row."""
+    coef: Float[Array, " bands"], rhs: Float[Array, " max_n"], n: Count
+) -> Float[Array, " max_n"]:
+    """Solves `C x = rhs` for the first `n` rows of a banded Toeplitz matrix `C`.
 
-    def row(last: Array, r: Array) -> tuple[Array, Array]:
-        x = (r - coef[1:] @ last) / coef[0]
+    The rows from `n` on are 0. They are not merely ignored: where a solution grows they
+    would overflow, and the derivative of the others would be 0 * inf.
+    """
+    inside = jnp.arange(rhs.size) < n
+
+    def row(last: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
+        r, keep = xs
+        x = jnp.where(keep, (r - coef[1:] @ last) / coef[0], 0.0)
         return jnp.concatenate([x[None], last])[: last.size], x
 
-    return jax.lax.scan(row, jnp.zeros(coef.size - 1, rhs.dtype), rhs)[1]
+    start = jnp.zeros(coef.size - 1, rhs.dtype)
+    return jax.lax.scan(row, start, (jnp.where(inside, rhs, 0.0), inside))[1]

@@ -1,0 +1,66 @@
+"""Varying manual axes: the one place that needs what JAX keeps private.
+
+Inside `jax.shard_map`, JAX tracks in the type of each value over which mesh axes it
+varies, and checks (`check_vma=True`, the default) that types agree. optax's loops do
+not pass: they start from constants, which vary over nothing, and end with values that
+vary. A region need not be checked inside, because from outside it is one operation
+whose operands and results vary over the same axes; but JAX has no public switch for the
+check other than `shard_map`'s own. `jax._src.config._check_vma` is that switch.
+`tests/test_varying.py` fails when JAX moves it.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+
+try:
+    from jax._src.config import _check_vma
+except ImportError:  # a JAX that has moved it: `shard_map` needs check_vma=False
+    _check_vma = None
+
+
+def unchecked() -> contextlib.AbstractContextManager[Any]:
+    """Switches the check off, for what is traced inside."""
+    if _check_vma is None:
+        return contextlib.nullcontext()
+    return _check_vma(False)
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    return jax.typeof(x).mat.varying
+
+
+def vary_alike(operands: Sequence[Any]) -> list[Any]:
+    """Makes all operands vary over every axis that any of them varies over.
+
+    The transpose of this is the sum over the axes that were added, so that cotangents
+    of operands that are the same on all devices come out right.
+    """
+    if _check_vma is None or not _check_vma.value:
+        return list(operands)
+    axes = frozenset[Any]().union(*map(_varying, operands))
+
+    def widen(x: Any) -> Any:
+        missing = tuple(axes - _varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return [widen(x) for x in operands]
+
+
+def as_operand(aval: Any, operand: Any) -> Any:
+    """A result's type, varying over the axes that an operand's type varies over."""
+    if _check_vma is None or not _check_vma.value:
+        return aval
+    if operand.mat.empty:
+        return aval
+    unsplit = jax.P(*(None for _ in aval.shape))
+    sharding = jax.NamedSharding(operand.sharding.mesh, unsplit)
+    return aval.update(sharding=sharding, manual_axis_type=operand.mat)
+
+
+def without_axes(aval: Any) -> Any:
+    """A type that varies over nothing."""
+    return ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)

@@ -1,0 +1,360 @@
+"""Bad arguments are refused by name before anything is compiled; odd ones are not.
+
+The suite checks annotations while it runs, which would refuse some of these arguments
+first, with errors of its own. So all the calls are made in one process without these
+checks: this file, run as a script.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxmf_opt
+from jaxmf_opt._run import compiled
+
+# Most calls below are wrong, as a type checker would say.
+optimize: Any = jaxmf_opt.optimize
+
+Y = np.array([1.0, 2.0])
+
+
+class Bad(NamedTuple):
+    """A call, the exception it must raise, and what that has to say."""
+
+    call: Callable[[], Any]
+    error: type[Exception]
+    words: tuple[str, ...]
+
+
+def square(y: Any) -> Any:
+    return jnp.sum((y - 3.0) ** 2)
+
+
+def with_loss(loss: Any, error: type[Exception], *words: str, **options: Any) -> Bad:
+    return Bad(lambda: optimize(loss, Y, **options), error, ("`loss_fn`", *words))
+
+
+def with_gradient(gradient: Any, error: type[Exception], *words: str) -> Bad:
+    def loss(y: Any) -> Any:
+        return square(y), gradient(y)
+
+    words = ("`loss_fn`", "gradient", *words)
+    return Bad(lambda: optimize(loss, Y, grad=True), error, words)
+
+
+def with_params(make: Any, error: type[Exception], *words: str) -> Bad:
+    # Made in the call: a PRNG key takes JAX, which is not to run at import.
+    return Bad(lambda: optimize(square, make()), error, ("`params", *words))
+
+
+def with_option(name: str, value: Any, error: type[Exception], *words: str) -> Bad:
+    words = (f"`{name}`", *words)
+    return Bad(lambda: optimize(square, Y, **{name: value}), error, words)
+
+
+def inside(transform: Any, argument: Any) -> Bad:
+    def solve(y: Any) -> Any:
+        return optimize(square, y, callback=lambda _: None)
+
+    words = ("`callback`", "jax.jit", "jax.vmap")
+    return Bad(lambda: transform(solve)(argument), ValueError, words)
+
+
+BAD: dict[str, Bad] = {
+    # What `loss_fn` is.
+    "loss None": with_loss(None, TypeError, "callable", "None"),
+    "loss a number": with_loss(3.5, TypeError, "callable", "3.5"),
+    "loss without arguments": with_loss(lambda: 0.0, TypeError, "one argument", "()"),
+    "loss of two arguments": with_loss(lambda a, b: a, TypeError, "(a, b)"),
+    # What it returns.
+    "loss vector": with_loss(lambda y: y, ValueError, "scalar", "(2,)"),
+    "loss of shape (1,)": with_loss(lambda y: y[:1], ValueError, "scalar", "(1,)"),
+    "loss int": with_loss(lambda y: 1, TypeError, "floating", "1 of type int"),
+    "loss integer array": with_loss(
+        lambda y: jnp.sum(y).astype(int), TypeError, "floating", "int64"
+    ),
+    "loss bool": with_loss(lambda y: y[0] > 0, TypeError, "floating", "bool"),
+    "loss complex": with_loss(
+        lambda y: jnp.sum(y) * 1j, TypeError, "real", "complex128"
+    ),
+    "loss returns None": with_loss(lambda y: None, TypeError, "scalar", "None"),
+    "loss returns a string": with_loss(lambda y: "low", TypeError, "scalar", "'low'"),
+    # NumPy takes this string for the name of a dtype.
+    "loss returns 'f'": with_loss(lambda y: "f", TypeError, "scalar", "'f'"),
+    "loss returns a type": with_loss(lambda y: float, TypeError, "scalar", "float"),
+    "loss returns a list": with_loss(
+        lambda y: [square(y)], TypeError, "scalar", "of type list"
+    ),
+    "loss returns a pair, grad=False": with_loss(
+        lambda y: (square(y), y), TypeError, "scalar", "of type tuple"
+    ),
+    "loss returns a pair of scalars, grad=False": with_loss(
+        lambda y: (square(y), square(y)), TypeError, "scalar", "of type tuple"
+    ),
+    # The same with grad=True.
+    "no pair": with_loss(square, TypeError, "pair", "float64", grad=True),
+    "a triple": with_loss(
+        lambda y: (square(y), y, y), TypeError, "pair", "of type tuple", grad=True
+    ),
+    "pair of a vector": with_loss(
+        lambda y: (y, y), ValueError, "scalar", "(2,)", grad=True
+    ),
+    "pair of an integer": with_loss(
+        lambda y: (7, y), TypeError, "floating", "7 of type int", grad=True
+    ),
+    "gradient None": with_gradient(lambda y: None, ValueError, "structure", "None"),
+    "gradient of other structure": with_gradient(
+        lambda y: {"a": y}, ValueError, "structure", "'a'"
+    ),
+    "gradient of other shape": with_gradient(
+        lambda y: y[:1], ValueError, "shapes", "(1,)", "(2,)"
+    ),
+    "gradient integer": with_gradient(
+        lambda y: y.astype(int), TypeError, "floating", "int64"
+    ),
+    "gradient complex": with_gradient(
+        lambda y: y * 1j, TypeError, "real", "complex128"
+    ),
+    "gradient a string": with_gradient(lambda y: "up", TypeError, "'up'"),
+    # `params`.
+    "params {}": with_params(dict, ValueError, "at least one", "{}"),
+    "params None": with_params(lambda: None, ValueError, "at least one", "None"),
+    "params [None]": with_params(lambda: [None], ValueError, "at least one", "[None]"),
+    "params a string": with_params(lambda: "x0", TypeError, "'x0' of type str"),
+    "params with a string": with_params(
+        lambda: {"a": Y, "b": ["x0"]}, TypeError, "['b'][0]`", "'x0' of type str"
+    ),
+    "params of strings": with_params(
+        lambda: np.array(["x0"]), TypeError, "real numbers", "<U2"
+    ),
+    "params a complex": with_params(lambda: 2j, TypeError, "2j of type complex"),
+    "params of complex": with_params(
+        lambda: (Y, Y + 0j), TypeError, "[1]`", "real", "complex128"
+    ),
+    "params a PRNG key": with_params(
+        lambda: jax.random.key(0), TypeError, "real numbers", "key<"
+    ),
+    "params with a function": with_params(
+        lambda: [Y, jnp.tanh], TypeError, "[1]`", "tanh", "equinox.partition"
+    ),
+    "params of objects": with_params(
+        lambda: np.array([None]), TypeError, "real numbers", "object"
+    ),
+    # Options.
+    "steps -1": with_option("max_optimizer_steps", -1, ValueError, "-1"),
+    "steps 2.5": with_option("max_optimizer_steps", 2.5, TypeError, "2.5", "integer"),
+    "steps '3'": with_option("max_optimizer_steps", "3", TypeError, "'3'", "str"),
+    "steps None": with_option("max_optimizer_steps", None, TypeError, "None"),
+    "steps inf": with_option("max_optimizer_steps", np.inf, TypeError, "inf"),
+    "steps array": with_option("max_optimizer_steps", Y, TypeError, "array([1., 2.])"),
+    "grad 1": with_option("grad", 1, TypeError, "True or False", "1 of type int"),
+    "grad 'yes'": with_option("grad", "yes", TypeError, "'yes' of type str"),
+    "grad None": with_option("grad", None, TypeError, "None"),
+    "callback None": with_option("callback", None, TypeError, "callable", "None"),
+    "callback a string": with_option("callback", "log", TypeError, "callable", "'log'"),
+    "callback of nothing": with_option(
+        "callback", lambda: None, TypeError, "one argument", "()"
+    ),
+    "callback of two": with_option(
+        "callback", lambda step, loss: None, TypeError, "(step, loss)"
+    ),
+    "callback in jit": inside(jax.jit, Y),
+    "callback in vmap": inside(jax.vmap, np.ones((3, 2))),
+    "callback in grad": inside(lambda f: jax.grad(lambda y: f(y)[0]), Y),
+    "optimizer None": with_option("optimizer", None, TypeError, "optax", "None"),
+    "optimizer a string": with_option("optimizer", "adam", TypeError, "'adam'"),
+    "optimizer a schedule": with_option(
+        "optimizer", optax.cosine_decay_schedule(0.1, 9), TypeError, "optax", "schedule"
+    ),
+    "optimizer not called": with_option(
+        "optimizer", optax.lbfgs, TypeError, "optax", "lbfgs"
+    ),
+    **{
+        f"{name} {value!r}": with_option(name, value, error, word)
+        for name in ("rtol", "atol", "gtol")
+        for value, error, word in (
+            (-1, ValueError, "-1"),
+            (np.nan, ValueError, "nan"),
+            ("x", TypeError, "'x' of type str"),
+            (Y, TypeError, "array([1., 2.])"),
+            (None, TypeError, "None"),
+            (1j, TypeError, "1j"),
+        )
+    },
+}
+
+
+class WithStatic(eqx.Module):
+    """A model with an attribute that is not an array."""
+
+    weight: jax.Array
+    name: str = eqx.field(static=True)
+
+
+class Good(NamedTuple):
+    """An unusual call, and the leaves that come out: values, dtypes.
+
+    A dtype of None stands for a Python number's: what JAX makes of a float.
+    """
+
+    call: Callable[[], Any]
+    values: list[Any]
+    dtypes: list[str]
+
+
+def total(tree: Any) -> Any:
+    return sum((square(x) for x in jax.tree.leaves(tree)), start=jnp.zeros(()))
+
+
+def solved(make: Callable[[], Any], values: Any, *dtypes: str, **options: Any) -> Good:
+    return Good(lambda: optimize(total, make(), **options), values, list(dtypes))
+
+
+GOOD: dict[str, Good] = {
+    "float": solved(lambda: 1.5, [3.0], "float32"),
+    "int": solved(lambda: 1, [3.0], "float32"),
+    "numbers in a list": solved(lambda: [1, 2.5], [3.0, 3.0], "float32", "float32"),
+    "numpy float64": solved(lambda: Y, [[3.0, 3.0]], "float64"),
+    "numpy float32": solved(lambda: Y.astype(np.float32), [[3.0, 3.0]], "float32"),
+    "numpy scalar": solved(lambda: np.float16(0.5), [3.0], "float16"),
+    "bfloat16": solved(lambda: jnp.ones(2, jnp.bfloat16), [[3.0, 3.0]], "bfloat16"),
+    "size 0 beside others": solved(
+        lambda: {"a": np.ones((0, 2)), "b": Y}, [[], [3.0, 3.0]], "float64", "float64"
+    ),
+    "size 0 alone": solved(lambda: np.ones(0), [[]], "float64"),
+    "None leaves": solved(lambda: (None, Y, {"a": None}), [[3.0, 3.0]], "float64"),
+    "a module": solved(
+        lambda: WithStatic(jnp.ones(2), name="m"), [[3.0, 3.0]], "float32"
+    ),
+    "integers": solved(lambda: np.array([0, 7], np.int8), [[3, 3]], "int8"),
+    # One step of size 0.35 goes from 2 to 2.7, and from 4 to 3.3.
+    "integers are rounded toward 0": solved(
+        lambda: np.array([2, 4]),
+        [[2, 3]],
+        "int64",
+        max_optimizer_steps=1,
+        optimizer=optax.sgd(0.35),
+    ),
+    "no steps": solved(
+        lambda: {"a": np.array([0.1, np.inf], np.float32), "b": np.int16(-7)},
+        [[float(np.float32(0.1)), np.inf], -7],
+        "float32",
+        "int16",
+        max_optimizer_steps=0,
+    ),
+    "no steps, with a callback": solved(
+        lambda: Y,
+        [[1.0, 2.0]],
+        "float64",
+        max_optimizer_steps=0,
+        callback=lambda _: 1 / 0,
+    ),
+    "numpy number of steps": solved(
+        lambda: Y,
+        [[2.0, 2.5]],
+        "float64",
+        max_optimizer_steps=np.int8(1),
+        optimizer=optax.sgd(0.25),
+    ),
+    "numpy bool": Good(
+        lambda: optimize(lambda y: (square(y), 2 * (y - 3)), Y, grad=np.True_),
+        [[3.0, 3.0]],
+        ["float64"],
+    ),
+    "integer tolerances": solved(lambda: Y, [[1.0, 2.0]], "float64", gtol=100),
+    "a constant loss": Good(lambda: optimize(lambda _: 1.0, Y), [[1, 2]], ["float64"]),
+    "a callable object": Good(
+        lambda: optimize(eqx.Partial(lambda a, y: a * square(y), 2.0), Y),
+        [[3.0, 3.0]],
+        ["float64"],
+    ),
+    "the structure comes back": Good(
+        lambda: optimize(total, (None, WithStatic(jnp.ones(2), name="m")))[1].weight,
+        [[3.0, 3.0]],
+        ["float32"],
+    ),
+}
+
+
+def report() -> dict[str, Any]:
+    """Makes all the calls and writes down what came of them."""
+    compilations = 0
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        nonlocal compilations
+        del duration_secs, kwargs
+        compilations += event == "/jax/core/compile/backend_compile_duration"
+
+    def refusal(call: Callable[[], Any]) -> list[Any]:
+        try:
+            call()
+        except Exception as e:
+            return [type(e).__name__, str(e)]
+        return ["no error", ""]
+
+    jax.random.key(0)  # is compiled too: not to be counted below
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    refusals = {name: refusal(bad.call) for name, bad in BAD.items()}
+    compiled_for_bad = (compiled.cache_info().misses, compilations)
+    results = {}
+    for name, good in GOOD.items():
+        leaves = jax.tree.leaves(good.call())
+        values = [np.asarray(x, float).tolist() for x in leaves]
+        results[name] = [values, [str(x.dtype) for x in leaves]]
+    return {
+        "refusals": refusals,
+        "compiled for bad calls": compiled_for_bad,
+        "results": results,
+        "compiled for good calls": (compiled.cache_info().misses, compilations),
+    }
+
+
+@pytest.fixture(scope="module")
+def reported() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", __file__],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused_by_name(case: str, reported: dict[str, Any]):
+    error, message = reported["refusals"][case]
+    assert error == BAD[case].error.__name__, message
+    for word in BAD[case].words:
+        assert word in message
+
+
+def test_nothing_is_compiled_for_bad_arguments(reported: dict[str, Any]):
+    assert reported["compiled for bad calls"] == [0, 0]
+    # The same counters, where there is something to count.
+    recipes, programs = reported["compiled for good calls"]
+    assert recipes >= len({tuple(good.dtypes) for good in GOOD.values()})
+    assert programs >= recipes
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_accepted(case: str, reported: dict[str, Any]):
+    values, dtypes = reported["results"][case]
+    assert dtypes == GOOD[case].dtypes
+    for got, want in zip(values, GOOD[case].values, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+if __name__ == "__main__":
+    print(json.dumps(report()))
