@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import lineax as lx
 import optax
 import optimistix as optx
-from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._callback import CallbackArgs, CallbackFnType, no_callback
@@ -26,7 +25,7 @@ from ._minimiser import Tolerance
 from ._objective import Objective, trace
 from ._optimizer import DEFAULT_OPTIMIZER
 from ._run import Recipe, Tolerances, compiled
-from ._x64 import jax_enable_x64
+from ._x64 import is_traced, jax_enable_x64
 
 
 def solve(
@@ -79,7 +78,7 @@ def solve(
 
     objective = trace(loss_fn, jax.tree.map(_float64_struct, params), grad=grad)
     captured = objective.captured
-    traced = _is_traced(params, captured, tolerances, eqxi.closure_to_pytree(optimizer))
+    traced = is_traced(params, captured, tolerances, eqxi.closure_to_pytree(optimizer))
     recipe = Recipe(
         objective.program,
         optimizer,
@@ -153,10 +152,3 @@ def _caller_dtype(x: Any, traced: bool) -> Any:
         return jnp.result_type(float)
     # A NumPy float64 array stays what it is, but does not enter a float32 program.
     return jax.dtypes.canonicalize_dtype(dtype) if traced else dtype
-
-
-def _is_traced(*trees: Any) -> bool:
-    """Whether this call is part of the tracing of a larger program."""
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
-        return True
-    return isinstance(jnp.zeros(()), Tracer)  # as every new array under `jit`

@@ -15,13 +15,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
 import jax.extend.core as jex
 import jax.interpreters.ad as ad
 import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
+from jax.core import Tracer, eval_jaxpr
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
@@ -36,9 +37,14 @@ _R = TypeVar("_R")
 def jax_enable_x64(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     """Makes a function run with 64-bit JAX types, whatever the setting around it.
 
-    The setting is switched on for the duration of each call, in the calling thread
-    only, and restored when the call returns or raises. Arguments and results may be
-    anything; they are handed on untouched.
+    In ordinary Python the setting is switched on for the duration of each call, in the
+    calling thread only, and restored when the call returns or raises. Arguments and
+    results may be anything; they are handed on untouched.
+
+    In a program that JAX traces, the call is a float64 region, which any transformation
+    may be applied to. Arguments and results may then be anything that is not an array,
+    pytrees of arrays, or both. Arrays that `fn` returns keep their 64-bit dtypes: cast
+    them inside of `fn` if the program around it is to compute with them.
 
     Args:
       fn: Any Python callable.
@@ -54,10 +60,33 @@ def jax_enable_x64(fn: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(fn)
     def in_x64(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if is_traced(args, kwargs):
+            return _call_in_region(fn, args, kwargs)
         with jax.enable_x64():
             return fn(*args, **kwargs)
 
     return in_x64
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a call with these arguments is part of the tracing of a program."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
+        return True
+    return isinstance(jnp.zeros(()), Tracer)  # as every new array under `jit`
+
+
+def _call_in_region(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`fn(*args, **kwargs)` as a region; what is not an array passes it by."""
+    arrays, others = eqx.partition((args, kwargs), eqx.is_array)
+    static_out = None
+
+    def of_arrays(arrays: Any) -> Any:
+        nonlocal static_out
+        args, kwargs = eqx.combine(arrays, others)
+        out, static_out = eqx.partition(fn(*args, **kwargs), eqx.is_array)
+        return out
+
+    return eqx.combine(x64_region(of_arrays, arrays), static_out)
 
 
 def x64_region(fn: Callable[..., Any], *args: Any) -> Any:

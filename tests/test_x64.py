@@ -11,6 +11,51 @@ import pytest
 from jaxmf_opt import jax_enable_x64
 from jaxmf_opt._x64 import x64_region
 
+
+def of_arrays(a: jax.Array, v: jax.Array, *, power: int = 2) -> dict[str, Any]:
+    exact = jnp.linalg.solve(a.astype(float), v.astype(float)) ** power
+    return {"value": exact.astype(v.dtype), "dtype": str(exact.dtype), "none": None}
+
+
+class TestTransformedJaxEnableX64:
+    """The decorator on a function of arrays, in a float32 program."""
+
+    call = staticmethod(jax_enable_x64(of_arrays))
+
+    def solve(self, a: jax.Array, v: jax.Array) -> jax.Array:
+        out = self.call(a, v, power=3)
+        assert out["dtype"] == "float64"
+        assert out["none"] is None
+        return out["value"]
+
+    @pytest.mark.parametrize("batch", [jax.vmap, lambda f: jax.jit(jax.vmap(f))])
+    @pytest.mark.parametrize("inner", [lambda f: f, jax.jit, jax.checkpoint])
+    def test_values_and_derivatives(self, batch: Any, inner: Any):
+        a, v = jnp.float32(A), jnp.float32(V)
+        with jax.enable_x64():
+            want = jnp.linalg.solve(A, V) ** 3
+            slope = jax.grad(lambda v: jnp.sum(jnp.linalg.solve(A, v) ** 3))(V)
+        fn = inner(self.solve)
+        got = batch(fn)(a[None], v[None])[0]
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        grad = jax.grad(lambda v: fn(a, v).sum())
+        np.testing.assert_allclose(grad(v), slope, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(grad)(v), slope, rtol=1e-6)
+
+    def test_nothing_but_the_setting_changes_for_a_plain_call(self):
+        seen = []
+
+        @jax_enable_x64
+        def fn(x: jax.Array) -> float:
+            seen.append(x)
+            return float(x.sum())  # not possible with a tracer
+
+        x = jnp.ones(3)
+        assert fn(x) == 3.0
+        assert seen[0] is x
+
+
 A = np.array([[4.0, 1.0, 0.5], [1.0, 3.0, 0.2], [0.5, 0.2, 2.0]])
 V = np.array([0.3, 1.2, 0.7])
 
