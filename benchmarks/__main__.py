@@ -1,10 +1,10 @@
 """Runs every benchmark: `python -m benchmarks` (from the root of the repository)."""
 
-from . import calls
+from . import calls, regions
 
 
 def main() -> None:
-    for benchmark in (calls,):
+    for benchmark in (calls, regions):
         print((benchmark.__doc__ or "").strip(), end="\n\n")
         benchmark.main()
         print()

@@ -14,7 +14,7 @@ along them. Of all solutions the one of smallest norm is taken: it is right for 
 function of the minimum that does not depend on the scale either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -32,7 +32,7 @@ from ._run import Recipe, Tolerances
 from ._x64 import x64_region
 
 # Up to this many parameters dG/dy is made into a matrix; above, it is only multiplied.
-DIRECT_SIZE = 512
+DIRECT_SIZE = 256
 
 # Singular values below this part of the largest one count as 0. A minimum is known to
 # about the square root of the rounding error, and the singular direction of a
@@ -78,7 +78,7 @@ def solve_in_program(
 
     # No tangent enters the solve itself. They come in again with its result.
     operands = (params, captured, arrays, max_steps, tolerances)
-    solution = x64_region(run, *jax.lax.stop_gradient(operands))
+    solution = x64_region(run, *jax.lax.stop_gradient(operands), may_close=False)
 
     @jax.custom_jvp
     def minimum(y: PyTree, captured: Sequence[Array]) -> PyTree:
@@ -94,7 +94,7 @@ def solve_in_program(
         def tangent(y: PyTree, captured: Any, moves: Any) -> PyTree:
             return tangent_of_minimum(recipe.program, y, captured, moves, linear_solver)
 
-        return y, x64_region(tangent, y, primals[1], moves)
+        return y, x64_region(tangent, y, primals[1], moves, may_close=False)
 
     y = minimum(solution.value, list(captured))
     value = x64_region(recipe.in_dtypes, y)
@@ -129,7 +129,8 @@ def tangent_of_minimum(
     is_moving = [m is not None for m in moves]
     moving, still = eqx.partition(list(captured), is_moving)
     of_captured = lambda moving: gradient(flat, moving)  # noqa: E731
-    _, rhs = jax.jvp(of_captured, (moving,), (list(moves),))
+    linearize = _linearize_in_reverse if program.reverse_only else _linearize
+    rhs = linearize(of_captured, moving)(list(moves))
 
     def of_point(x: Float[Array, " n"]) -> Float[Array, " n"]:
         return gradient(x, moving)
@@ -137,12 +138,26 @@ def tangent_of_minimum(
     # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
     symmetric = not program.has_grad
     if linear_solver is None and flat.size <= DIRECT_SIZE:
-        matrix = jax.jacfwd(of_point)(flat)
+        jacobian = jax.jacrev if program.reverse_only else jax.jacfwd
+        matrix = jacobian(of_point)(flat)
         inverse = jnp.linalg.pinv(matrix, rtol=RCOND, hermitian=symmetric)
         return unravel(-inverse @ rhs)
     if linear_solver is None:
         linear_solver = (lx.CG if symmetric else lx.LSMR)(rtol=1e-10, atol=1e-300)
     tags = lx.positive_semidefinite_tag if symmetric else frozenset()
-    _, product = jax.linearize(of_point, flat)
+    product = linearize(of_point, flat)
     operator = lx.FunctionLinearOperator(product, jax.typeof(flat), tags)
     return unravel(lx.linear_solve(operator, -rhs, linear_solver, throw=False).value)
+
+
+def _linearize(fn: Callable[[PyTree], Array], x: PyTree) -> Callable[[PyTree], Array]:
+    return lambda dx: jax.jvp(fn, (x,), (dx,))[1]
+
+
+def _linearize_in_reverse(
+    fn: Callable[[PyTree], Array], x: PyTree
+) -> Callable[[PyTree], Array]:
+    """The same for functions that have no forward mode: the transpose of their vjp."""
+    out, pull_back = jax.vjp(fn, x)
+    push_forward = jax.linear_transpose(pull_back, out)
+    return lambda dx: push_forward((dx,))[0]

@@ -20,17 +20,20 @@ class Program(NamedTuple):
     function objects they were traced from.
 
     Attributes:
-      value: The program `(*captured, *leaves of params) -> [loss, *leaves of grad]`,
-        the gradient only if it is the user's.
-      value_and_grad: None where the gradient follows from `value`. Where `value` has
-        derivative rules of its own, or the gradient is the user's, the program that
-        computes both: no two losses are equal that differ there.
+      value: The program `(*captured, *leaves of params) -> [loss, ...]`; it uses the
+        first `num_captured` captured arrays.
+      value_and_grad: The program `(*captured, *leaves) -> [loss, *leaves of grad]`, or
+        None where differentiating `value` gives it. It is there if the gradient is the
+        user's, and if `value` has derivative rules of its own: those are functions,
+        which may close over arrays too, and by which losses can differ.
+      num_captured: How many captured arrays `value` uses.
       treedef: The structure of the parameters.
       has_grad: Whether the gradient is the user's (`grad=True`).
     """
 
     value: Structure
     value_and_grad: Structure | None
+    num_captured: int
     treedef: Any
     has_grad: bool
 
@@ -44,8 +47,8 @@ class Program(NamedTuple):
         Returns:
           A float64 scalar.
         """
-        if not self.has_grad:
-            return self._evaluate(params, captured)[0]
+        if self.value_and_grad is None:
+            return self.evaluate_loss(params, captured)
         return _loss_with_gradient(self, params, captured)
 
     def gradient(self, params: PyTree, captured: Sequence[Array]) -> PyTree:
@@ -60,13 +63,28 @@ class Program(NamedTuple):
         Returns:
           float64 leaves in the structure of `params`.
         """
-        if not self.has_grad:
+        if self.value_and_grad is None:
             return jax.grad(self.loss)(params, captured)
-        return jax.tree.unflatten(self.treedef, self._evaluate(params, captured)[1:])
+        gradient = self.evaluate_both(params, captured)[1:]
+        return jax.tree.unflatten(self.treedef, gradient)
 
-    def _evaluate(self, params: PyTree, captured: Sequence[Array]) -> list[Array]:
-        leaves = jax.tree.leaves(params)
-        return jex.jaxpr_as_fun(self.value.jaxpr)(*captured, *leaves)
+    @property
+    def reverse_only(self) -> bool:
+        """Whether `gradient` can be differentiated in reverse mode only."""
+        return self.value_and_grad is not None and self.value_and_grad.has_custom_vjp
+
+    def evaluate_loss(
+        self, params: PyTree, captured: Sequence[Array]
+    ) -> Float[Array, ""]:
+        """The loss, by its program alone."""
+        operands = (*captured[: self.num_captured], *jax.tree.leaves(params))
+        return jex.jaxpr_as_fun(self.value.jaxpr)(*operands)[0]
+
+    def evaluate_both(self, params: PyTree, captured: Sequence[Array]) -> list[Array]:
+        """Loss and leaves of the gradient, by the program for both."""
+        assert self.value_and_grad is not None
+        operands = (*captured, *jax.tree.leaves(params))
+        return jex.jaxpr_as_fun(self.value_and_grad.jaxpr)(*operands)
 
 
 class Objective(NamedTuple):
@@ -111,41 +129,70 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
         return out
 
     with inside_region():
-        closed = jax.make_jaxpr(outputs)(*structs)
-        captured = [jnp.asarray(c) for c in closed.consts]
-        open_jaxpr = closed.jaxpr
+        value, captured = _without_constants(jax.make_jaxpr(outputs)(*structs), [])
+        value_and_grad, num_captured = None, len(captured)
+        if grad:
+            value_and_grad = value
+        elif value.has_custom_rules:
 
-        def explicit(*operands: Array) -> list[Array]:
-            n = len(captured)
-            return eval_jaxpr(open_jaxpr, operands[:n], *operands[n:])
+            def both(*operands: Array) -> list[Array]:
+                def loss(*leaves: Array) -> Array:
+                    full = (*operands[:num_captured], *leaves)
+                    return jex.jaxpr_as_fun(value.jaxpr)(*full)[0]
 
-        captured_structs = [struct(c) for c in captured]
-        operands = [*captured_structs, *structs]
-        value = Structure(jax.make_jaxpr(explicit)(*operands) if captured else closed)
-        value_and_grad = None
-        if value.has_custom_rules and not grad:
-            value_and_grad = Structure(
-                jax.make_jaxpr(
-                    jax.value_and_grad(
-                        lambda leaves, captured: explicit(*captured, *leaves)[0]
-                    )
-                )(structs, captured_structs)
+                leaves = operands[num_captured:]
+                every = tuple(range(len(leaves)))
+                value_of, gradient = jax.value_and_grad(loss, every)(*leaves)
+                return [value_of, *gradient]
+
+            operands = [*map(struct, captured), *structs]
+            value_and_grad, captured = _without_constants(
+                jax.make_jaxpr(both)(*operands), captured
             )
-    return Objective(Program(value, value_and_grad, treedef, grad), captured)
+    program = Program(value, value_and_grad, num_captured, treedef, grad)
+    return Objective(program, captured)
 
 
-# The tangent of a loss that brings its own gradient is that gradient's, whoever asks:
-# a zoom line search, a line search that stores gradients, or a minimiser.
+def _without_constants(
+    closed: jex.ClosedJaxpr, captured: list[Array]
+) -> tuple[Structure, list[Array]]:
+    """Makes a program's constants operands, next to those that are operands already.
+
+    Args:
+      closed: A program whose first operands are `captured`.
+      captured: Arrays.
+
+    Returns:
+      The program `(*captured, *constants, *other operands)`, and the list
+      `[*captured, *constants]`.
+    """
+    constants = [jnp.asarray(c) for c in closed.consts]
+    if not constants:
+        return Structure(closed), captured
+    first, last = len(captured), len(captured) + len(constants)
+    jaxpr = closed.jaxpr
+
+    def explicit(*operands: Array) -> list[Array]:
+        rest = (*operands[:first], *operands[last:])
+        return eval_jaxpr(jaxpr, operands[first:last], *rest)
+
+    types = [struct(v.aval) for v in jaxpr.invars]
+    operands = [*types[:first], *map(struct, constants), *types[first:]]
+    return Structure(jax.make_jaxpr(explicit)(*operands)), [*captured, *constants]
+
+
+# The tangent of a loss that has a program for its gradient is by that gradient, whoever
+# asks: a zoom line search, a line search that stores gradients, or a minimiser.
 def _loss_with_gradient(
     program: Program, params: PyTree, captured: Sequence[Array]
 ) -> Float[Array, ""]:
     @jax.custom_jvp
     def loss(params: PyTree, captured: Sequence[Array]) -> Array:
-        return program._evaluate(params, captured)[0]
+        return program.evaluate_loss(params, captured)
 
     @loss.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        value, *gradient = program._evaluate(*primals)
+        value, *gradient = program.evaluate_both(*primals)
         moves = jax.tree.leaves(tangents[0])
         slopes = [jnp.vdot(g, t) for g, t in zip(gradient, moves, strict=True)]
         return value, jnp.stack(slopes).sum()

@@ -47,8 +47,10 @@ def _batch(
     trace: Any,
     operands: Sequence[Any],
     dims: Sequence[int | None],
-) -> tuple[Array, int]:
+) -> tuple[Array, int | None]:
     del axis_name, trace
+    if all(d is None for d in dims):
+        return _select_p.bind(*operands), None
     pred, true, false = map(jnp.asarray, operands)  # literals come as numbers
     axes = tuple(dims)
     if dims[0] is not None:

@@ -37,13 +37,15 @@ class Structure:
       has_custom_rules: Whether some equation has a derivative rule of its own. Such
         programs compare equal if they *evaluate* alike; compare their derivatives too
         before differentiating one in place of the other.
+      has_custom_vjp: Whether one of those rules is for reverse mode alone.
     """
 
-    __slots__ = ("_hash", "_key", "has_custom_rules", "jaxpr")
+    __slots__ = ("_hash", "_key", "has_custom_rules", "has_custom_vjp", "jaxpr")
 
     def __init__(self, jaxpr: jex.ClosedJaxpr):
         self.jaxpr = jaxpr
         self.has_custom_rules = False
+        self.has_custom_vjp = False
         self._key = self._closed(jaxpr)
         self._hash = hash(self._key)
 
@@ -84,6 +86,7 @@ class Structure:
         names = sorted(eqn.params)
         if eqn.primitive.name in _EVALUATED_ONLY:
             self.has_custom_rules = True
+            self.has_custom_vjp |= eqn.primitive.name == "custom_vjp_call"
             names = _EVALUATED_ONLY[eqn.primitive.name]
         return tuple((n, self._value(eqn.params[n])) for n in names)
 

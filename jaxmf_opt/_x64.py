@@ -89,7 +89,7 @@ def _call_in_region(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return eqx.combine(x64_region(of_arrays, arrays), static_out)
 
 
-def x64_region(fn: Callable[..., Any], *args: Any) -> Any:
+def x64_region(fn: Callable[..., Any], *args: Any, may_close: bool = True) -> Any:
     """Evaluates `fn(*args)` as a float64 region.
 
     Args:
@@ -98,11 +98,17 @@ def x64_region(fn: Callable[..., Any], *args: Any) -> Any:
         become operands of the region, so that they are batched and differentiated
         like the arguments.
       *args: Pytrees of arrays or Python scalars. NumPy float64 stays float64.
+      may_close: Whether `fn` may close over tracers. Where derivatives are taken with
+        respect to known operands only, one that is not among them is refused: its
+        part of the derivative would silently be missing.
 
     Returns:
       What `fn(*args)` returns when all of JAX runs with 64-bit types.
+
+    Raises:
+      TypeError: If `fn` closes over a tracer and must not.
     """
-    jaxpr, operands, out_tree = _stage(fn, *args)
+    jaxpr, operands, out_tree = _stage(fn, args, may_close)
     return jax.tree.unflatten(out_tree, _bind(*operands, jaxpr=jaxpr))
 
 
@@ -117,7 +123,9 @@ def _bind(*operands: Any, jaxpr: jex.ClosedJaxpr) -> list[Any]:
     return region_p.bind(*vary_alike(operands), jaxpr=jaxpr)
 
 
-def _stage(fn: Callable[..., Any], *args: Any) -> tuple[jex.ClosedJaxpr, list, Any]:
+def _stage(
+    fn: Callable[..., Any], args: Any, may_close: bool
+) -> tuple[jex.ClosedJaxpr, list, Any]:
     """Traces `fn` to a jaxpr without constants, and the operands to call it with."""
     leaves, in_tree = jax.tree.flatten(args)
     out_tree = None
@@ -131,6 +139,15 @@ def _stage(fn: Callable[..., Any], *args: Any) -> tuple[jex.ClosedJaxpr, list, A
         leaves = [jnp.asarray(x) for x in leaves]
         closed = jax.make_jaxpr(flat_fn)(*map(struct, leaves))
         consts = [jnp.asarray(c) for c in closed.consts]
+        hidden = [c for c in consts if isinstance(c, Tracer)]
+        if hidden and not may_close:
+            raise TypeError(
+                "`loss_fn` uses a traced value of the program around it in a place "
+                "where it cannot be differentiated, such as the derivative rule of a "
+                "derivative rule (`jax.custom_jvp`, `jax.custom_vjp`): "
+                f"{hidden[0].aval}. Make it an argument of the function that has the "
+                "rule."
+            )
         if consts:
             # What `fn` closed over, tracers too, must be visible to the rules below.
             jaxpr = closed.jaxpr
