@@ -1,0 +1,103 @@
+"""Solves and regions under `shard_map` and on sharded arrays, on four devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sharded_cases
+
+from jaxmf_opt import _varying
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, float | str]:
+    """What the script says, which has a process, and so devices, of its own."""
+    flags = f"--xla_force_host_platform_device_count={sharded_cases.DEVICES}"
+    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(Path(sharded_cases.__file__))],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", sharded_cases.CASES)
+def test_on_four_devices(case: str, results: dict[str, float | str]):
+    result = results[case]
+    assert isinstance(result, float), result
+    assert result < 1e-6
+
+
+def vma_switch_is_on(check_vma: bool) -> bool:
+    """What the private switch says inside of a `shard_map`."""
+    said: list[bool] = []
+
+    def block(x: jax.Array) -> jax.Array:
+        assert _varying._check_vma is not None
+        said.append(_varying._check_vma.value)
+        return x
+
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.P("i")
+    jax.make_jaxpr(
+        jax.shard_map(
+            block, mesh=mesh, in_specs=split, out_specs=split, check_vma=check_vma
+        )
+    )(jnp.zeros(1))
+    assert len(said) == 1
+    return said[0]
+
+
+def test_private_switch_of_jax_is_where_it_was():
+    """Fails loudly when JAX moves it.
+
+    The library then still works, but `shard_map` needs check_vma=False: find the new
+    place of the switch, or say so in the documentation.
+    """
+    switch = _varying._check_vma
+    assert switch is not None, "jax._src.config._check_vma is gone"
+    before = switch.value
+    assert isinstance(before, bool)
+    for setting in (False, True):
+        with switch(setting):
+            assert switch.value is setting
+        assert switch.value is before
+
+
+def test_private_switch_is_that_of_shard_map():
+    assert vma_switch_is_on(check_vma=True)
+    assert not vma_switch_is_on(check_vma=False)
+
+
+def test_unchecked_switches_off_and_restores():
+    switch = _varying._check_vma
+    assert switch is not None
+    with switch(True):
+        with _varying.unchecked():
+            assert not switch.value
+        assert switch.value
+
+
+def test_without_the_switch_nothing_changes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_varying, "_check_vma", None)
+    x = jnp.ones(2)
+    with _varying.unchecked():
+        (same,) = _varying.vary_alike([x])
+    assert same is x
+    aval = jax.typeof(x)
+    assert _varying.as_operand(aval, aval) is aval
+
+
+def test_without_axes_keeps_shape_and_type():
+    aval = jax.typeof(np.ones((2, 3), np.float32))
+    assert _varying.without_axes(aval) == aval
