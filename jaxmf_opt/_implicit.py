@@ -81,7 +81,7 @@ def solve_in_program(
     solution = x64_region(run, *jax.lax.stop_gradient(operands), may_close=False)
 
     @jax.custom_jvp
-    def minimum(y: PyTree, captured: Sequence[Array]) -> PyTree:
+    def minimum(y: PyTree, captured: Sequence[Any]) -> PyTree:
         """`y`, as something that depends on `captured`."""
         del captured
         return y
