@@ -42,7 +42,7 @@ mlir.register_lowering(_select_p, mlir.lower_fun(_take_true, multiple_results=Fa
 
 
 def _batch(
-    size: int,
+    size: Any,  # of `jax.export`: perhaps symbolic
     axis_name: Any,
     trace: Any,
     operands: Sequence[Any],
