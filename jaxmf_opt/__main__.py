@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = functools.partial(parser.add_argument)
+    add = parser.add_argument
     add(
         "--steps",
         nargs="+",
