@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -106,4 +107,13 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             "`optimizer` must be an optax gradient transformation such as "
             f"`optax.lbfgs()`, got {optimizer!r}."
+        )
+
+
+def check_linear_solver(linear_solver: Any) -> None:
+    """Refuses what is not a solver of lineax, nor None."""
+    if not (linear_solver is None or isinstance(linear_solver, lx.AbstractLinearSolver)):
+        raise TypeError(
+            "`linear_solver` must be None or a solver of lineax such as "
+            f"`lineax.LSMR(rtol=1e-12, atol=0.0)`, got {linear_solver!r}."
         )

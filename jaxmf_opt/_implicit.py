@@ -15,13 +15,14 @@ function of the minimum that does not depend on the scale either.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import optimistix as optx
 from jax.dtypes import float0
 from jax.flatten_util import ravel_pytree
@@ -39,6 +40,11 @@ DIRECT_SIZE = 256
 # scale-invariant loss, which is exactly singular at the minimum, about the square of
 # that.
 RCOND = 1e-12
+
+# Minimises the norm of the solution and that of the residual, whatever the matrix and
+# the right-hand side. (Conjugate gradients diverge on the singular Hessian of a
+# scale-invariant loss.) Fong and Saunders, LSMR, https://arxiv.org/abs/1006.0758
+MATRIX_FREE = lx.LSMR(rtol=1e-14, atol=0.0, conlim=1 / RCOND)
 
 
 def solve_in_program(
@@ -122,32 +128,119 @@ def tangent_of_minimum(
     """
     flat, unravel = ravel_pytree(y)
 
-    def gradient(flat: Float[Array, " n"], moving: Any) -> Float[Array, " n"]:
-        full = eqx.combine(moving, still)
-        return ravel_pytree(program.gradient(unravel(flat), full))[0]
+    def gradient(flat: Float[Array, " n"], captured: Any) -> Float[Array, " n"]:
+        return ravel_pytree(program.gradient(unravel(flat), captured))[0]
 
     is_moving = [m is not None for m in moves]
     moving, still = eqx.partition(list(captured), is_moving)
-    of_captured = lambda moving: gradient(flat, moving)  # noqa: E731
+    of_moving = lambda moving: gradient(flat, eqx.combine(moving, still))  # noqa: E731
     linearize = _linearize_in_reverse if program.reverse_only else _linearize
-    rhs = linearize(of_captured, moving)(list(moves))
-
-    def of_point(x: Float[Array, " n"]) -> Float[Array, " n"]:
-        return gradient(x, moving)
+    rhs = linearize(of_moving, moving)(list(moves))
 
     # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
     symmetric = not program.has_grad
     if linear_solver is None and flat.size <= DIRECT_SIZE:
         jacobian = jax.jacrev if program.reverse_only else jax.jacfwd
-        matrix = jacobian(of_point)(flat)
-        inverse = jnp.linalg.pinv(matrix, rtol=RCOND, hermitian=symmetric)
-        return unravel(-inverse @ rhs)
-    if linear_solver is None:
-        linear_solver = (lx.CG if symmetric else lx.LSMR)(rtol=1e-10, atol=1e-300)
-    tags = lx.positive_semidefinite_tag if symmetric else frozenset()
-    product = linearize(of_point, flat)
-    operator = lx.FunctionLinearOperator(product, jax.typeof(flat), tags)
-    return unravel(lx.linear_solve(operator, -rhs, linear_solver, throw=False).value)
+        matrix = jacobian(lambda x: gradient(x, captured))(flat)
+        return unravel(-_solve_direct(matrix, rhs, symmetric))
+
+    def product(point: Any, v: Float[Array, " n"]) -> Float[Array, " n"]:
+        x, captured = point
+        return linearize(lambda x: gradient(x, captured), x)(v)
+
+    system = _System(product, symmetric, linear_solver or MATRIX_FREE)
+    return unravel(-system.solve((flat, list(captured)), rhs))
+
+
+def _solve_direct(
+    matrix: Float[Array, "n n"], rhs: Float[Array, " n"], symmetric: bool
+) -> Float[Array, " n"]:
+    """The solution of smallest norm, among those that the iteration can move to.
+
+    Steps are combinations of gradients, so they stay in the range of dG/dy. That of a
+    symmetric matrix holds the solution of smallest norm anyway. Otherwise (a gradient
+    that is masked, or projected) the solution is the one of the group inverse: see
+    Meyer, The role of the group generalized inverse in the theory of finite Markov
+    chains, https://doi.org/10.1137/1017044.
+    """
+    # Without the barrier XLA's CPU backend fuses an FFT's transposed output into the
+    # factorisation, and then fails on its layout.
+    matrix = jax.lax.optimization_barrier(matrix)
+    inverse = jnp.linalg.pinv(matrix, rtol=RCOND, hermitian=symmetric)
+    if not symmetric:
+        onto_range = matrix @ inverse
+        inverse = jnp.linalg.pinv(matrix @ onto_range, rtol=RCOND)
+    return inverse @ rhs
+
+
+class _System(NamedTuple):
+    """Linear systems `A(point) x = b`, by an iterative solver of lineax.
+
+    `lineax.linear_solve` would do, but its transpose reports failures through the host,
+    and a compiled program must not have to wait for the host. So the solver is called
+    here, and the rule for the derivative of a pseudo-inverse stands below.
+
+    Attributes:
+      product: `A(point) v`.
+      symmetric: Whether `A` is.
+      solver: Solves, given an operator and a right-hand side.
+    """
+
+    product: Callable[[Any, Array], Array]
+    symmetric: bool
+    solver: lx.AbstractLinearSolver
+
+    def solve(self, point: PyTree, b: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The solution of smallest norm, differentiable in `point` and `b`."""
+        if self.symmetric:
+            return self._solve(point, b)
+        # A masked parameter has a gradient of 0 wherever it is. A row is seen to be 0
+        # by its product with any vector that is orthogonal to no other row.
+        probe = np.random.default_rng(0).normal(size=b.shape)
+        row = jax.lax.stop_gradient(self.product(point, jnp.asarray(probe)))
+        mask = jnp.where(row == 0, 0.0, 1.0)
+        masked = lambda p, v: self.product(p[0], p[1] * v)  # noqa: E731
+        return self._replace(product=masked)._solve((point, mask), b)
+
+    def _solve(self, point: PyTree, b: Float[Array, " n"]) -> Float[Array, " n"]:
+        @jax.custom_jvp
+        def solution(point: PyTree, b: Array) -> Array:
+            return jax.lax.custom_linear_solve(
+                lambda v: self.product(point, v),
+                b,
+                self._apply_solver,
+                self._apply_solver,
+                self.symmetric,
+            )
+
+        # With + for the pseudo-inverse, ' for the derivative and A x = b,
+        #   x' = A+ (b' - A' x) + (1 - A+ A) A'^T A+^T x.
+        # Golub and Pereyra, https://doi.org/10.1137/0710036
+        @solution.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
+            (point, b), (dpoint, db) = primals, tangents
+            x = solution(point, b)
+            rhs = db - jax.jvp(lambda p: self.product(p, x), (point,), (dpoint,))[1]
+            if self.solver.assume_full_rank():
+                return x, solution(point, rhs)
+            other = self if self.symmetric else self._transposed()
+            w = other._solve(point, x)
+            null = jax.jvp(lambda p: other.product(p, w), (point,), (dpoint,))[1]
+            return x, null + solution(point, rhs - self.product(point, null))
+
+        return solution(point, b)
+
+    def _transposed(self) -> "_System":
+        def product(point: PyTree, v: Array) -> Array:
+            transpose = jax.linear_transpose(lambda u: self.product(point, u), v)
+            return transpose(v)[0]
+
+        return self._replace(product=product)
+
+    def _apply_solver(self, product: Callable[[Array], Array], b: Array) -> Array:
+        tags = lx.positive_semidefinite_tag if self.symmetric else frozenset()
+        operator = lx.FunctionLinearOperator(product, jax.typeof(b), tags)
+        return self.solver.compute(self.solver.init(operator, {}), b, {})[0]
 
 
 def _linearize(fn: Callable[[PyTree], Array], x: PyTree) -> Callable[[PyTree], Array]:

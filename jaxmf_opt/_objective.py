@@ -1,16 +1,16 @@
 """The loss as a pure function of the parameters and of what it captures."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, PyTree
 
 from ._structure import Structure
-from ._x64 import inside_region, struct
+from ._x64 import hoist, inside_region, struct
 
 
 class Program(NamedTuple):
@@ -114,8 +114,8 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
     Raises:
       TypeError: If the loss, or the gradient, is not of real floating point type or
         has the wrong form.
-      ValueError: If the loss is not a scalar, or if the gradient has not the structure
-        and shapes of the parameters.
+      ValueError: If the loss is not a scalar, if the gradient has not the structure
+        and shapes of the parameters, or if the loss uses a mapped axis.
     """
     leaves, treedef = jax.tree.flatten(params)
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
@@ -129,7 +129,10 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
         return out
 
     with inside_region():
-        value, captured = _without_constants(jax.make_jaxpr(outputs)(*structs), [])
+        closed = jax.make_jaxpr(outputs)(*structs)
+        _check_local(closed)
+        closed, captured = hoist(closed)
+        value = Structure(closed)
         value_and_grad, num_captured = None, len(captured)
         if grad:
             value_and_grad = value
@@ -146,39 +149,34 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
                 return [value_of, *gradient]
 
             operands = [*map(struct, captured), *structs]
-            value_and_grad, captured = _without_constants(
-                jax.make_jaxpr(both)(*operands), captured
-            )
+            closed = jax.make_jaxpr(both)(*operands)
+            _check_local(closed)
+            closed, in_rules = hoist(closed, after=num_captured)
+            value_and_grad = Structure(closed)
+            captured = [*captured, *in_rules]
     program = Program(value, value_and_grad, num_captured, treedef, grad)
     return Objective(program, captured)
 
 
-def _without_constants(
-    closed: jex.ClosedJaxpr, captured: list[Array]
-) -> tuple[Structure, list[Array]]:
-    """Makes a program's constants operands, next to those that are operands already.
+@functools.cache
+def _axis_effect() -> type:
+    """The type of the effect by which JAX marks what uses a mapped axis."""
+    uses_axis = jax.make_jaxpr(lambda: jax.lax.axis_index("i"), axis_env=[("i", 1)])()
+    (effect,) = uses_axis.effects
+    return type(effect)
 
-    Args:
-      closed: A program whose first operands are `captured`.
-      captured: Arrays.
 
-    Returns:
-      The program `(*captured, *constants, *other operands)`, and the list
-      `[*captured, *constants]`.
-    """
-    constants = [jnp.asarray(c) for c in closed.consts]
-    if not constants:
-        return Structure(closed), captured
-    first, last = len(captured), len(captured) + len(constants)
-    jaxpr = closed.jaxpr
-
-    def explicit(*operands: Array) -> list[Array]:
-        rest = (*operands[:first], *operands[last:])
-        return eval_jaxpr(jaxpr, operands[first:last], *rest)
-
-    types = [struct(v.aval) for v in jaxpr.invars]
-    operands = [*types[:first], *map(struct, constants), *types[first:]]
-    return Structure(jax.make_jaxpr(explicit)(*operands)), [*captured, *constants]
+def _check_local(closed: jex.ClosedJaxpr) -> None:
+    """Refuses a loss that communicates: its solves would wait for each other."""
+    for effect in closed.effects:
+        if isinstance(effect, _axis_effect()):
+            raise ValueError(
+                "optimize: `loss_fn` uses a mapped axis, "
+                f"{getattr(effect, 'name', effect)!r}, with `jax.lax.psum` or the "
+                "like. Each device or lane takes its own number "
+                "of steps, so a loss cannot communicate with those of the others. "
+                "Compute what it needs from them outside of `loss_fn`."
+            )
 
 
 # The tangent of a loss that has a program for its gradient is by that gradient, whoever

@@ -63,8 +63,8 @@ def optimize(
       atol: Absolute tolerance of the same criterion.
       gtol: Stop once no element of the gradient is larger than this.
       linear_solver: Solves the linear system of the derivative of the minimum, if one
-        is taken. By default a pseudo-inverse up to 256 parameters, and conjugate
-        gradients without a matrix above (LSMR with `grad=True`).
+        is taken. By default a pseudo-inverse up to 256 parameters, and LSMR, without
+        a matrix, above.
 
     Returns:
       The parameters that approximately minimise the loss locally, with the structure

@@ -15,6 +15,7 @@ from ._callback import CallbackArgs, CallbackFnType, no_callback
 from ._checks import (
     check_callable,
     check_flag,
+    check_linear_solver,
     check_optimizer,
     check_params,
     check_steps,
@@ -72,6 +73,7 @@ def solve(
     check_flag("grad", grad)
     check_callable("callback", callback)
     check_optimizer(optimizer)
+    check_linear_solver(linear_solver)
     tolerances = Tolerances(rtol, atol, gtol)
     for name, value in tolerances._asdict().items():
         check_tolerance(name, value)

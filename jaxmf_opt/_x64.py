@@ -138,8 +138,7 @@ def _stage(
     with inside_region():
         leaves = [jnp.asarray(x) for x in leaves]
         closed = jax.make_jaxpr(flat_fn)(*map(struct, leaves))
-        consts = [jnp.asarray(c) for c in closed.consts]
-        hidden = [c for c in consts if isinstance(c, Tracer)]
+        hidden = [c for c in closed.consts if isinstance(c, Tracer)]
         if hidden and not may_close:
             raise TypeError(
                 "`loss_fn` uses a traced value of the program around it in a place "
@@ -148,15 +147,38 @@ def _stage(
                 f"{hidden[0].aval}. Make it an argument of the function that has the "
                 "rule."
             )
-        if consts:
-            # What `fn` closed over, tracers too, must be visible to the rules below.
-            jaxpr = closed.jaxpr
-            closed = jax.make_jaxpr(
-                lambda consts, leaves: eval_jaxpr(jaxpr, consts, *leaves)
-            )([struct(c) for c in consts], [struct(x) for x in leaves])
-            if closed.consts:
-                raise AssertionError("hoisted constants reappeared while tracing")
+        # What `fn` closed over, tracers too, must be visible to the rules below.
+        closed, consts = hoist(closed)
     return closed, consts + leaves, out_tree
+
+
+def hoist(
+    closed: jex.ClosedJaxpr, after: int = 0
+) -> tuple[jex.ClosedJaxpr, list[Array]]:
+    """Makes operands of a program's constants. To be called inside a region.
+
+    Args:
+      closed: A program.
+      after: How many of its operands stay in front of the constants.
+
+    Returns:
+      The program with the constants as operands, and the constants.
+    """
+    consts = [jnp.asarray(c) for c in closed.consts]
+    if not consts:
+        return closed, consts
+    jaxpr, last = closed.jaxpr, after + len(consts)
+
+    def explicit(*operands: Array) -> list[Array]:
+        rest = (*operands[:after], *operands[last:])
+        return eval_jaxpr(jaxpr, operands[after:last], *rest)
+
+    types = [struct(v.aval) for v in jaxpr.invars]
+    types[after:after] = map(struct, consts)
+    hoisted = jax.make_jaxpr(explicit)(*types)
+    if hoisted.consts:
+        raise AssertionError("hoisted constants reappeared while tracing")
+    return hoisted, consts
 
 
 def _restage(fn: Callable[..., Any], avals: Sequence[Any]) -> jex.ClosedJaxpr:

@@ -232,14 +232,7 @@ DERIVATIVES: dict[str, Callable[[Map], Any]] = {
 }
 WAYS = {**VALUES, **DERIVATIVES}
 
-# Each way with one loss, in turn: the product of all takes some minutes.
-IN_TURN = ["quadratic", "scan", "pad, convolve", "solve", "cholesky", "random key"]
-CELLS = {
-    **{(way, IN_TURN[i % len(IN_TURN)]): None for i, way in enumerate(WAYS)},
-    **dict.fromkeys((way, "fft") for way in ("jit", "jit of vmap of jit")),
-}
-del CELLS["grad around custom_jvp", IN_TURN[(len(WAYS) - 1) % len(IN_TURN)]]
-CELLS["grad around custom_jvp", "cosh"] = None
+CELLS = [(way, loss) for way in WAYS for loss in LOSSES]
 
 
 @functools.cache
