@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import lineax as lx
 
 from jaxmf_opt import optimize
-from jaxmf_opt._implicit import DIRECT_SIZE
+from jaxmf_opt._implicit import DIRECT_SIZE, MATRIX_FREE
 from jaxmf_opt.losses import banded_toeplitz
 
 PAIRS = 9
@@ -82,7 +82,7 @@ def main() -> None:
         print(f"  gradient, rtol={rtol:g}", ratio)
     for size in (64, 128, DIRECT_SIZE):
         direct = _quartic(size, None)
-        free = _quartic(size, lx.CG(rtol=1e-10, atol=1e-300))
+        free = _quartic(size, MATRIX_FREE)
         centre = jnp.linspace(-1.0, 1.0, size)
         print(
             f"  direct, {size:4}",

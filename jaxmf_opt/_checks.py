@@ -112,7 +112,9 @@ def check_optimizer(optimizer: Any) -> None:
 
 def check_linear_solver(linear_solver: Any) -> None:
     """Refuses what is not a solver of lineax, nor None."""
-    if not (linear_solver is None or isinstance(linear_solver, lx.AbstractLinearSolver)):
+    if not (
+        linear_solver is None or isinstance(linear_solver, lx.AbstractLinearSolver)
+    ):
         raise TypeError(
             "`linear_solver` must be None or a solver of lineax such as "
             f"`lineax.LSMR(rtol=1e-12, atol=0.0)`, got {linear_solver!r}."

@@ -95,7 +95,8 @@ def solve_in_program(
     @minimum.defjvp
     def _(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
         y = minimum(*primals)
-        moves = [None if t.dtype == float0 else t for t in tangents[1]]
+        still = [getattr(t, "dtype", None) == float0 for t in tangents[1]]
+        moves = [None if s else t for s, t in zip(still, tangents[1], strict=True)]
 
         def tangent(y: PyTree, captured: Any, moves: Any) -> PyTree:
             return tangent_of_minimum(recipe.program, y, captured, moves, linear_solver)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -178,6 +179,12 @@ BAD: dict[str, Bad] = {
     ),
     "optimizer not called": with_option(
         "optimizer", optax.lbfgs, TypeError, "optax", "lbfgs"
+    ),
+    "linear solver a string": with_option(
+        "linear_solver", "cg", TypeError, "lineax", "'cg'"
+    ),
+    "linear solver not called": with_option(
+        "linear_solver", lx.SVD, TypeError, "lineax", "SVD"
     ),
     **{
         f"{name} {value!r}": with_option(name, value, error, word)

@@ -18,6 +18,7 @@ from jaxmf_opt import optimize
 
 ROWS = np.arange(9, dtype=np.float32).reshape(3, 3) / 4
 WEIGHTS = np.cos(np.arange(9, dtype=np.float32)).reshape(3, 3)
+MORE = np.arange(15, dtype=np.float32).reshape(5, 3) / 16
 
 
 def minimum(c: jax.Array) -> jax.Array:
@@ -58,29 +59,41 @@ for name in inputs.files:
         outputs[name] = jax.grad(lambda x: jnp.sum(program.call(x) * weights))(x)
     else:
         outputs[name] = program.call(x)
+    if name == "symbolic":
+        outputs["symbolic, one row"] = program.call(x[:1])
 assert "jaxmf_opt" not in sys.modules
 np.savez(directory / "outputs.npz", **outputs)
 """
 
 
 class Exported(NamedTuple):
-    """A function, what it is called with, and what it must return."""
+    """A function, what it is exported for and called with, and what it must return."""
 
     fn: Callable[..., Any]
+    rows: int | str
     x: np.ndarray
     want: np.ndarray
 
 
 EXPORTED = {
-    "value": Exported(jax.vmap(minimum), ROWS, np.sin(ROWS)),
-    "gradient": Exported(gradient, ROWS, np.cos(ROWS) * WEIGHTS),
-    "pullback": Exported(jax.vmap(minimum), ROWS, np.cos(ROWS) * WEIGHTS),
+    "value": Exported(jax.vmap(minimum), 3, ROWS, np.sin(ROWS)),
+    "gradient": Exported(gradient, 3, ROWS, np.cos(ROWS) * WEIGHTS),
+    "pullback": Exported(jax.vmap(minimum), 3, ROWS, np.cos(ROWS) * WEIGHTS),
+    "symbolic": Exported(jax.vmap(minimum), "n", MORE, np.sin(MORE)),
+    "symbolic gradient": Exported(
+        lambda c: jax.grad(lambda c: jnp.sum(jax.vmap(minimum)(c)))(c),
+        "2*n + 1",
+        MORE,
+        np.cos(MORE),
+    ),
 }
 WANTED = {name: exported.want for name, exported in EXPORTED.items()}
+WANTED["symbolic, one row"] = np.sin(MORE[:1])
 
 
 def export(exported: Exported, *, vjp_order: int = 0, **kwargs: Any) -> bytes:
-    struct = jax.ShapeDtypeStruct(exported.x.shape, np.float32)
+    shape = jax.export.symbolic_shape(f"{exported.rows}, 3")
+    struct = jax.ShapeDtypeStruct(shape, np.float32)
     program = jax.export.export(jax.jit(exported.fn), **kwargs)(struct)
     return bytes(program.serialize(vjp_order=vjp_order))
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharded_cases
+from jax.sharding import PartitionSpec as P
 
-from jaxmf_opt import _varying
+from jaxmf_opt import _varying, optimize
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,31 @@ def test_without_the_switch_nothing_changes(monkeypatch: pytest.MonkeyPatch):
 def test_without_axes_keeps_shape_and_type():
     aval = jax.typeof(np.ones((2, 3), np.float32))
     assert _varying.without_axes(aval) == aval
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_loss_that_communicates_is_refused(check_vma: bool):
+    """Its solves, of different lengths, would wait for each other."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def solve(c: jax.Array) -> jax.Array:
+        return optimize(lambda y: jax.lax.psum(jnp.sum((y - c) ** 2), "d"), c)
+
+    sharded = jax.shard_map(
+        solve, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=check_vma
+    )
+    with pytest.raises(ValueError, match=r"`loss_fn` uses a mapped axis, 'd'"):
+        jax.jit(sharded)(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"`loss_fn` uses a mapped axis, 'lanes'"):
+        jax.vmap(
+            lambda c: optimize(lambda y: (y - jax.lax.pmean(c * y, "lanes")) ** 2, c),
+            axis_name="lanes",
+        )(jnp.ones(2))
+
+
+def test_a_loss_may_map_and_sum_inside():
+    def loss(y: jax.Array) -> jax.Array:
+        centred = jax.vmap(lambda y: y - jax.lax.pmean(y, "i"), axis_name="i")(y)
+        return jnp.sum((centred - jnp.array([1.0, -1.0])) ** 2) + jnp.sum(y) ** 2
+
+    np.testing.assert_allclose(optimize(loss, jnp.zeros(2)), [1.0, -1.0], rtol=1e-6)
