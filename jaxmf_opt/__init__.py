@@ -6,6 +6,8 @@ whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
 
 from ._callback import CallbackArgs as CallbackArgs
 from ._callback import CallbackFnType as CallbackFnType
+from ._callback import combine as combine
+from ._callback import traced as traced
 from ._custom_types import ParamT as ParamT
 from ._minimiser import LeanOptaxMinimiser as LeanOptaxMinimiser
 from ._minimiser import MinimiserState as MinimiserState

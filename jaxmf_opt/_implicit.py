@@ -54,6 +54,7 @@ def solve_in_program(
     max_steps: int | Int[Array, ""],
     tolerances: Tolerances,
     linear_solver: lx.AbstractLinearSolver | None,
+    watched: Sequence[Array] = (),
 ) -> optx.Solution:
     """A solve as part of a larger program, of whatever precision.
 
@@ -68,6 +69,7 @@ def solve_in_program(
       max_steps: The limit of steps.
       tolerances: When to stop before it.
       linear_solver: For the linear system of the derivative; None chooses by size.
+      watched: What traced callbacks close over.
 
     Returns:
       The solution, its value in the dtypes of the recipe.
@@ -83,7 +85,7 @@ def solve_in_program(
         return whole.solve_in_float64(params, captured, *limits)
 
     # No tangent enters the solve itself. They come in again with its result.
-    operands = (params, captured, arrays, max_steps, tolerances)
+    operands = (params, captured, arrays, max_steps, tolerances, list(watched))
     solution = x64_region(run, *jax.lax.stop_gradient(operands), may_close=False)
 
     @jax.custom_jvp

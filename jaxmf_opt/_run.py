@@ -20,6 +20,7 @@ from ._objective import Program
 from ._optimizer import optimizer_key
 from ._stall import minimiser_for
 from ._structure import CACHE_SIZE
+from ._watch import Watch, WatchedMinimiser
 
 
 class Tolerances(NamedTuple):
@@ -60,7 +61,7 @@ class Recipe:
         dtypes: Sequence[Any],
         *,
         tests: bool,
-        verbose: bool | Callable[..., None] = False,
+        watch: Watch | None = None,
     ):
         """Puts the parts together.
 
@@ -69,16 +70,16 @@ class Recipe:
           optimizer: The optax transformation.
           dtypes: The dtype that each leaf of the parameters gets in the end.
           tests: Whether the tolerances are looked at.
-          verbose: As in `optimistix.OptaxMinimiser`.
+          watch: Who is told of each step of a whole solve.
         """
         self.program = program
         self.optimizer = optimizer
         self._dtypes = tuple(dtypes)
         self._tests = tests
-        self._verbose = verbose
+        self._watch = watch
         optimizer_id = optimizer_key(optimizer)
         self.cacheable = optimizer_id is not None
-        self._key: Hashable = (program, optimizer_id, self._dtypes, tests, verbose)
+        self._key: Hashable = (program, optimizer_id, self._dtypes, tests, watch)
 
     def __hash__(self) -> int:
         return hash(self._key) if self.cacheable else id(self)
@@ -95,7 +96,7 @@ class Recipe:
             optimizer,
             self._dtypes,
             tests=self._tests,
-            verbose=self._verbose,
+            watch=self._watch,
         )
 
     def solve(
@@ -104,6 +105,7 @@ class Recipe:
         captured: Sequence[Array],
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
+        watched: Sequence[Array] = (),
     ) -> optx.Solution:
         """The whole solve, its value in the recipe's dtypes.
 
@@ -114,11 +116,13 @@ class Recipe:
           captured: What the loss closes over.
           max_steps: The limit of steps.
           tolerances: When to stop before it.
+          watched: What traced callbacks close over.
 
         Returns:
           The solution.
         """
-        solution = self.solve_in_float64(params, captured, max_steps, tolerances)
+        operands = (params, captured, max_steps, tolerances, watched)
+        solution = self.solve_in_float64(*operands)
         value = self.in_dtypes(solution.value)
         return eqx.tree_at(lambda s: s.value, solution, value)
 
@@ -128,22 +132,36 @@ class Recipe:
         captured: Sequence[Array],
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
+        watched: Sequence[Array] = (),
     ) -> optx.Solution:
         """The same as `solve`, with the value as it is: float64."""
+        limit = jnp.asarray(max_steps)
+        minimiser = self._minimiser(tolerances)
+        if self._watch is not None:
+            minimiser = WatchedMinimiser(
+                self.optimizer,
+                (minimiser.rtol, minimiser.atol, minimiser.gtol),
+                limit,
+                self._watch,
+                watched,
+            )
         solution = optx.minimise(
             self.program.loss,
-            self._minimiser(tolerances),
+            minimiser,
             _as_float64(params),
             captured,
             max_steps=None,
-            adjoint=_WhileBelow(jnp.asarray(max_steps)),
+            adjoint=_WhileBelow(limit),
             throw=False,
         )
+        value = _pin(solution.value, solution.state)
+        if isinstance(minimiser, WatchedMinimiser):
+            value = minimiser.closed(value, solution.state)
         return optx.Solution(
-            value=_pin(solution.value, solution.state),
+            value=value,
             result=solution.result,
             aux=solution.aux,
-            stats={**solution.stats, "max_steps": jnp.asarray(max_steps)},
+            stats={**solution.stats, "max_steps": limit},
             state=solution.state,
         )
 
@@ -184,7 +202,7 @@ class Recipe:
             tolerances = Tolerances(*map(jnp.float64, tolerances))
         else:
             tolerances = Tolerances()
-        return minimiser_for(self.optimizer, tolerances, verbose=self._verbose)
+        return minimiser_for(self.optimizer, tolerances)
 
 
 class Compiled(NamedTuple):

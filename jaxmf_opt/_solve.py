@@ -11,7 +11,14 @@ import optax
 import optimistix as optx
 from jaxtyping import PyTree
 
-from ._callback import CallbackArgs, CallbackFnType, no_callback
+from ._callback import (
+    CallbackArgs,
+    CallbackFnType,
+    Lane,
+    no_callback,
+    parts,
+    traced,
+)
 from ._checks import (
     check_callable,
     check_flag,
@@ -26,6 +33,7 @@ from ._minimiser import Tolerance
 from ._objective import Objective, trace
 from ._optimizer import DEFAULT_OPTIMIZER
 from ._run import Recipe, Tolerances, compiled
+from ._watch import watch
 from ._x64 import is_traced, jax_enable_x64
 
 
@@ -41,7 +49,6 @@ def solve(
     atol: Tolerance = 0.0,
     gtol: Tolerance = 0.0,
     linear_solver: lx.AbstractLinearSolver | None = None,
-    verbose: bool | Callable[..., None] = False,
 ) -> optx.Solution:
     """Minimises a loss, and returns all there is to know about the run.
 
@@ -56,8 +63,6 @@ def solve(
       atol: Absolute tolerance of the Cauchy criterion.
       gtol: Tolerance for the max-norm of the gradient.
       linear_solver: For the linear system of the derivative.
-      verbose: As in `optimistix.OptaxMinimiser`: True prints each step, a callable is
-        traced in each step with what there is to print.
 
     Returns:
       An `optimistix.Solution`. Its `value` has the structure and dtypes of `params`,
@@ -78,32 +83,30 @@ def solve(
     for name, value in tolerances._asdict().items():
         check_tolerance(name, value)
 
-    objective = trace(loss_fn, jax.tree.map(_float64_struct, params), grad=grad)
+    structs = jax.tree.map(_float64_struct, params)
+    objective = trace(loss_fn, structs, grad=grad)
     captured = objective.captured
-    traced = is_traced(params, captured, tolerances, eqxi.closure_to_pytree(optimizer))
+    arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer))
+    in_program = is_traced(arrays)
+    stepwise = not (in_program or all(isinstance(c, traced) for c in parts(callback)))
+    watcher, watched = (None, []) if stepwise else watch(callback, structs, optimizer)
+    in_program = in_program or is_traced(watched)
     recipe = Recipe(
         objective.program,
         optimizer,
-        [_caller_dtype(x, traced) for x in jax.tree.leaves(params)],
+        [_caller_dtype(x, in_program) for x in jax.tree.leaves(params)],
         tests=not tolerances.off,
-        verbose=verbose,
+        watch=watcher,
     )
-    if callback is not no_callback:
-        if traced:
-            raise ValueError(
-                "`callback` was given to a solve inside `jax.jit`, `jax.vmap` or "
-                "another transformation. It runs between compiled steps, so it needs a "
-                "call outside of them. Move the call out, or leave the callback away."
-            )
+    if stepwise:
         return _solve_stepwise(
             recipe, objective, params, max_steps, tolerances, callback
         )
-    if traced or not recipe.cacheable:
-        return solve_in_program(
-            recipe, params, captured, max_steps, tolerances, linear_solver
-        )
+    operands = (params, captured, max_steps, tolerances)
+    if in_program or not recipe.cacheable:
+        return solve_in_program(recipe, *operands, linear_solver, watched)
     with jax.enable_x64():
-        return compiled(recipe).solve(params, captured, max_steps, tolerances)
+        return compiled(recipe).solve(*operands, watched)
 
 
 @jax_enable_x64
@@ -119,20 +122,20 @@ def _solve_stepwise(
     program = compiled(recipe)
     y, state = program.start(params)
     result = optx.RESULTS.nonlinear_max_steps_reached
+    lane = Lane()
     for i in range(max_steps):
         y, state = program.step(y, state, objective.captured, tolerances)
         if not tolerances.off and state.stopped:
             result = optx.RESULTS.successful
             break
-        if callback(
-            CallbackArgs(
-                step=i,
-                loss=state.loss,
-                grad=state.grad,
-                params=y,
-                state=state.opt_state,
-            )
-        ):
+        info = CallbackArgs(
+            step=i,
+            loss=state.loss,
+            grad=state.grad,
+            params=y,
+            state=state.opt_state,
+        )
+        if callback(info.of_lane(lane)):
             result = optx.RESULTS.successful
             break
     return optx.Solution(

@@ -6,7 +6,7 @@ that are left. Nobody can observe those steps where there is no callback, so a s
 leave them out, provided that they would not have changed a bit of the result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,24 +21,20 @@ from ._optimizer import DEFAULT_OPTIMIZER, optimizer_key
 
 
 def minimiser_for(
-    optimizer: optax.GradientTransformation,
-    tolerances: Sequence[Tolerance],
-    *,
-    verbose: bool | Callable[..., None],
+    optimizer: optax.GradientTransformation, tolerances: Sequence[Tolerance]
 ) -> LeanOptaxMinimiser:
     """The minimiser for an optimizer that stops where it provably stands still.
 
     Args:
       optimizer: An optax transformation.
       tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
-      verbose: As there.
 
     Returns:
       A `LeanOptaxMinimiser`.
     """
     is_default = optimizer_key(optimizer) == _DEFAULT_KEY
     kind: type[Any] = _DefaultMinimiser if is_default else LeanOptaxMinimiser
-    return kind(optimizer, *tolerances, verbose=verbose)
+    return kind(optimizer, *tolerances)
 
 
 _DEFAULT_KEY = optimizer_key(DEFAULT_OPTIMIZER)

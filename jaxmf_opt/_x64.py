@@ -27,6 +27,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
+from ._host_call import calls_host, original_exceptions
 from ._structure import compiled
 from ._varying import as_operand, unchecked, vary_alike, without_axes
 
@@ -212,7 +213,11 @@ region_p.multiple_results = True
 @region_p.def_impl
 def _impl(*args: Any, jaxpr: jex.ClosedJaxpr) -> list[Array]:
     with inside_region():
-        return compiled(jaxpr)(*_arrays(args))
+        run = compiled(jaxpr)
+        if not calls_host(jaxpr.jaxpr):
+            return run(*_arrays(args))
+        with original_exceptions():
+            return jax.block_until_ready(run(*_arrays(args)))
 
 
 @region_p.def_effectful_abstract_eval

@@ -1,0 +1,221 @@
+"""How a callback takes part in a compiled solve.
+
+Traced callbacks are programs of their own, like the loss. All others are called on the
+host, once a step for a whole batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Int, PyTree
+
+from ._callback import CallbackArgs, CallbackFnType, Lane, combine, parts, traced
+from ._custom_types import Aux, Y
+from ._host_call import Listener, call, close_run, open_run
+from ._minimiser import LeanOptaxMinimiser, MinimiserState, Tolerance
+from ._objective import struct
+from ._structure import Structure
+from ._x64 import hoist, inside_region
+
+
+class HostCallbacks:
+    """Callbacks that stay in Python. Equal where they are the same objects.
+
+    Attributes:
+      callbacks: Called in this order.
+      treedef: The structure of the `CallbackArgs` that they are called with.
+    """
+
+    def __init__(self, callbacks: Sequence[CallbackFnType], treedef: Any):
+        self.callbacks = tuple(callbacks)
+        self.treedef = treedef
+        self._key = (tuple(map(id, self.callbacks)), treedef)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HostCallbacks) and self._key == other._key
+
+    def listen(self) -> Listener:
+        """Who listens to one run of a solve."""
+        lanes: dict[tuple[int, ...], Lane] = {}
+        callback = combine(*self.callbacks)
+
+        def listener(index: tuple[int, ...], leaves: Sequence[np.ndarray]) -> bool:
+            info: CallbackArgs = jax.tree.unflatten(self.treedef, leaves)
+            info.step = int(info.step)
+            return callback(info.of_lane(lanes.setdefault(index, Lane(index))))
+
+        return listener
+
+
+class Watch(NamedTuple):
+    """Callbacks as a part of a compiled solve. Hashable.
+
+    Attributes:
+      programs: The traced ones, each a program `(*captured, *leaves of info) -> [stop]`
+        and the number of arrays that it captures.
+      host: The others, if there are any.
+    """
+
+    programs: tuple[tuple[Structure, int], ...]
+    host: HostCallbacks | None
+
+    def stop(
+        self,
+        run: Int[Array, ""] | None,
+        captured: Sequence[Array],
+        info: CallbackArgs,
+        active: Bool[Array, ""],
+    ) -> Bool[Array, ""]:
+        """Whether to stop after this step."""
+        leaves = jax.tree.leaves(info)
+        stop = jnp.array(False)
+        rest = list(captured)
+        for program, count in self.programs:
+            mine, rest = rest[:count], rest[count:]
+            stop = stop | jex.jaxpr_as_fun(program.jaxpr)(*mine, *leaves)[0]
+        if self.host is not None:
+            assert run is not None
+            stop = stop | call(self.host, run, leaves, active)
+        return stop
+
+
+def watch(
+    callback: CallbackFnType, params: PyTree, optimizer: optax.GradientTransformation
+) -> tuple[Watch | None, list[Array]]:
+    """Makes a callback ready to be compiled.
+
+    Args:
+      callback: A callback of any kind.
+      params: The `jax.ShapeDtypeStruct`s of the parameters, float64.
+      optimizer: The optax transformation.
+
+    Returns:
+      The callback, None if there is nothing to call; and the arrays that traced
+      callbacks close over.
+
+    Raises:
+      TypeError: If a traced callback returns what is no boolean.
+      ValueError: If it returns an array that is no scalar.
+    """
+    callbacks = parts(callback)
+    if not callbacks:
+        return None, []
+    with inside_region():
+        state = jax.eval_shape(optimizer.init, params)
+        info = CallbackArgs(
+            step=jax.ShapeDtypeStruct((), "int64"),  # pyright: ignore[reportArgumentType]
+            loss=jax.ShapeDtypeStruct((), "float64"),  # pyright: ignore[reportArgumentType]
+            grad=params,
+            params=params,
+            state=state,
+        )
+        leaves, treedef = jax.tree.flatten(info)
+        programs: list[tuple[Structure, int]] = []
+        captured: list[Array] = []
+        for fn in callbacks:
+            if isinstance(fn, traced):
+                closed, consts = hoist(
+                    jax.make_jaxpr(_checked(fn, treedef))(*map(struct, leaves))
+                )
+                programs.append((Structure(closed), len(consts)))
+                captured += consts
+    on_host = [fn for fn in callbacks if not isinstance(fn, traced)]
+    host = HostCallbacks(on_host, treedef) if on_host else None
+    return Watch(tuple(programs), host), captured
+
+
+def _checked(fn: traced, treedef: Any) -> Callable[..., Bool[Array, ""]]:
+    def stop(*leaves: Array) -> Bool[Array, ""]:
+        out = fn(jax.tree.unflatten(treedef, leaves))
+        if out is None:
+            return jnp.array(False)
+        dtype = getattr(out, "dtype", None)
+        if not isinstance(out, bool) and dtype != jnp.bool_:
+            got = f"an array of dtype {dtype}" if dtype else repr(out)
+            raise TypeError(
+                "a traced `callback` must return None or a boolean scalar, got "
+                f"{got}. Compare it, or call `bool` in a callback that is not traced."
+            )
+        if jnp.shape(out) != ():
+            raise ValueError(
+                "a traced `callback` must return None or a boolean scalar, got an "
+                f"array of shape {jnp.shape(out)}. Reduce it, with `jnp.all` or "
+                "`jnp.any` for example."
+            )
+        return jnp.asarray(out)
+
+    return stop
+
+
+class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
+    """A minimiser that tells a callback of each step, and stops when it says so."""
+
+    limit: Int[Array, ""]
+    watch: Watch = eqx.field(static=True)
+    run: Int[Array, ""] | None
+    captured: Sequence[Array]
+
+    def __init__(
+        self,
+        optim: optax.GradientTransformation,
+        tolerances: tuple[Tolerance, Tolerance, Tolerance],
+        limit: Int[Array, ""],
+        watch: Watch,
+        captured: Sequence[Array],
+    ):
+        """Opens the run: each solve needs a minimiser of its own.
+
+        Args:
+          optim: An optax transformation.
+          tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
+          limit: The limit of steps. (In a batch, a lane that has reached it is stepped
+            on, in vain, while others run.)
+          watch: Who is told.
+          captured: The arrays that `watch` needs.
+        """
+        super().__init__(optim, *tolerances)
+        self.limit = limit
+        self.watch = watch
+        self.run = None if watch.host is None else open_run(watch.host)
+        self.captured = captured
+
+    def step(
+        self,
+        fn: Callable[[Y, Any], tuple[Any, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        state: MinimiserState[Y, Aux],
+        tags: frozenset[object],
+    ) -> tuple[Y, MinimiserState[Y, Aux], Aux]:
+        """A step, and the callback behind it."""
+        new_y, new_state, aux = super().step(fn, y, args, options, state, tags)
+        running = (state.step < self.limit) & ~state.stopped
+        moved = running & (new_state.step > state.step)
+        info = CallbackArgs(
+            step=state.step,  # pyright: ignore[reportArgumentType]
+            loss=new_state.loss,
+            grad=new_state.grad,
+            params=new_y,
+            state=new_state.opt_state,
+        )
+        stop = self.watch.stop(self.run, self.captured, info, moved)
+        stopped = new_state.stopped | (stop & moved)
+        return new_y, eqx.tree_at(lambda s: s.stopped, new_state, stopped), aux
+
+    def closed(self, y: Y, state: MinimiserState[Y, Aux]) -> Y:
+        """Closes the run that ended at `y`, and returns `y`."""
+        if self.watch.host is None:
+            return y
+        assert self.run is not None
+        done = close_run(self.watch.host, self.run, state.stopped)
+        return jax.tree.map(lambda x: jnp.where(done, x, jnp.nan), y)
