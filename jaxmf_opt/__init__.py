@@ -4,15 +4,19 @@ Re-creates `jax_privacy.matrix_factorization.optimization` as a functional solve
 whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
 """
 
+from . import callbacks as callbacks
 from ._callback import CallbackArgs as CallbackArgs
 from ._callback import CallbackFnType as CallbackFnType
+from ._callback import Lane as Lane
 from ._callback import combine as combine
 from ._callback import traced as traced
 from ._custom_types import ParamT as ParamT
 from ._minimiser import LeanOptaxMinimiser as LeanOptaxMinimiser
 from ._minimiser import MinimiserState as MinimiserState
+from ._minimiser import SolverState as SolverState
 from ._optimize import optimize as optimize
 from ._optimizer import DEFAULT_OPTIMIZER as DEFAULT_OPTIMIZER
+from ._solve import solve as solve
 from ._x64 import jax_enable_x64 as jax_enable_x64
 
 __version__ = "0.1.0"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 
+from ._callback import CallbackArgs
 from ._solve import solve
 from .losses import banded_toeplitz
 
@@ -202,7 +203,7 @@ def _run(setups: SetUps, max_optimizer_steps: int, rtol: float) -> Report:
             start,
             max_optimizer_steps=max_optimizer_steps,
             rtol=rtol,
-            verbose=progress.trace,
+            callback=progress,
         )
         coef = jnp.where(jnp.arange(max_bands) < bands, solution.value, 0.0)
         return Report(
@@ -220,7 +221,6 @@ def _run(setups: SetUps, max_optimizer_steps: int, rtol: float) -> Report:
     compiled = time.perf_counter()
     print(f"compiled in {compiled - started:.1f} s")
     report = jax.device_get(program(*setups))
-    jax.effects_barrier()
     progress.close()
     print(f"solved in {time.perf_counter() - compiled:.1f} s")
     return report
@@ -231,19 +231,14 @@ class _Progress:
 
     def __init__(self, lanes: int):
         self._lanes = lanes
-        self._step, self._running = 0, 0
+        self._step, self._running = -1, 0
         self._shown = 0.0
 
-    def trace(self, *, num_steps: Any, loss_this_step: Any, **_: Any) -> None:
-        """Is traced into each step, which optimistix describes by keyword."""
-        del loss_this_step
-        jax.debug.callback(self._tell, num_steps[1])
-
-    def _tell(self, step: Any) -> None:
-        # A lane that has finished repeats its last step while others go on.
-        if step > self._step:
-            self._step, self._running = int(step), 0
-        self._running += step == self._step
+    def __call__(self, info: CallbackArgs) -> None:
+        """Counts the lanes that are still running at the latest step."""
+        if info.step > self._step:
+            self._step, self._running = info.step, 0
+        self._running += 1
         now = time.perf_counter()
         if now - self._shown > 0.2 and sys.stderr.isatty():
             self._shown = now

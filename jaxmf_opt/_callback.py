@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -27,16 +27,13 @@ class Lane:
         return f"Lane({self.index})"
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "loss", "grad", "params", "state"],
-    meta_fields=[],
-)
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass
 class CallbackArgs:
     """Information passed to the callback after each optimization step.
 
-    A dataclass with the fields of its namesake in jax-privacy, and a pytree.
+    A dataclass with the fields of its namesake in jax-privacy, and a pytree. Inside of
+    compiled programs the arrays are NumPy's, or traced in a callback that is `traced`.
 
     Attributes:
       step: The number of this step, from 0.
@@ -50,18 +47,50 @@ class CallbackArgs:
 
     step: int
     loss: Float[Array, ""]
-    grad: PyTree | None
+    grad: PyTree
     params: PyTree
     state: Any
 
-    @property
-    def lane(self) -> Lane | None:
-        """The solve that this is a step of. Not a field: it belongs to no pytree."""
-        return getattr(self, "_lane", None)
+    # What a solve adds for callbacks that keep something. No fields: they do not belong
+    # to the pytree, and a `CallbackArgs` made elsewhere has none of them.
 
-    def of_lane(self, lane: Lane) -> "CallbackArgs":
-        """Returns this, with its lane set."""
-        self._lane = lane
+    @property
+    def lane(self) -> Lane:
+        """The solve that this is a step of. Not on the traced side."""
+        return self._of_solve("_lane")
+
+    @property
+    def solver_state(self) -> PyTree:
+        """All of the state, from which `solve(..., state=...)` goes on.
+
+        Not on the traced side.
+        """
+        return self._of_solve("_solver_state")
+
+    def _of_solve(self, name: str) -> Any:
+        if not hasattr(self, name):
+            raise AttributeError(
+                f"CallbackArgs has no `{name[1:]}` here: a solve gives it to callbacks "
+                "that run in Python, and copies lose it."
+            )
+        return getattr(self, name)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:
+        """The fields, as the children of a pytree."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Iterable[Any]) -> "CallbackArgs":
+        """From fields of any type: those of a pytree may be shapes or tracers."""
+        self = object.__new__(cls)
+        for field, child in zip(dataclasses.fields(cls), children, strict=True):
+            setattr(self, field.name, child)
+        return self
+
+    def told_by(self, lane: Lane, solver_state: PyTree) -> "CallbackArgs":
+        """Returns this, with its lane and the whole state set."""
+        self._lane, self._solver_state = lane, solver_state
         return self
 
 

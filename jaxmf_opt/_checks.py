@@ -119,3 +119,28 @@ def check_linear_solver(linear_solver: Any) -> None:
             "`linear_solver` must be None or a solver of lineax such as "
             f"`lineax.LSMR(rtol=1e-12, atol=0.0)`, got {linear_solver!r}."
         )
+
+
+def check_state(state: Any, like: PyTree) -> PyTree:
+    """Puts a state to go on from in order; refuses that of another problem.
+
+    Args:
+      state: The state of a solution, or its leaves.
+      like: The `jax.ShapeDtypeStruct`s of such a state.
+
+    Returns:
+      The leaves of `state` in the structure of `like`.
+    """
+    want, treedef = jax.tree.flatten(like)
+    got = jax.tree.leaves(state)
+
+    def describe(x: Any) -> str:
+        return f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
+
+    if [describe(x) for x in got] != [describe(x) for x in want]:
+        raise ValueError(
+            "`state` must be that of a solve of the same problem, with the same kinds "
+            f"of tolerances: {len(want)} arrays {', '.join(map(describe, want))}; got "
+            f"{len(got)}: {', '.join(map(describe, got))}."
+        )
+    return jax.tree.unflatten(treedef, got)

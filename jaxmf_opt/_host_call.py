@@ -23,7 +23,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.extend.core as jex
@@ -40,9 +40,10 @@ except ImportError:  # a JAX that has moved it: one device only
     _callback_op_sharding = None
 
 # Called with the index of a lane in its batch and with what is known about it.
-Listener = Callable[[tuple[int, ...], Sequence[np.ndarray]], bool]
+Listener = Callable[[tuple[int, ...], Sequence[np.ndarray | np.generic]], bool]
 
 
+@runtime_checkable
 class Host(Protocol):
     """Who is called. Hashable: equal hosts share compiled programs."""
 

@@ -24,10 +24,12 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optimistix as optx
+from jax.core import Tracer
 from jax.dtypes import float0
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from ._minimiser import SolverState
 from ._objective import Program
 from ._run import Recipe, Tolerances
 from ._x64 import x64_region
@@ -55,6 +57,7 @@ def solve_in_program(
     tolerances: Tolerances,
     linear_solver: lx.AbstractLinearSolver | None,
     watched: Sequence[Array] = (),
+    start: SolverState | None = None,
 ) -> optx.Solution:
     """A solve as part of a larger program, of whatever precision.
 
@@ -70,6 +73,7 @@ def solve_in_program(
       tolerances: When to stop before it.
       linear_solver: For the linear system of the derivative; None chooses by size.
       watched: What traced callbacks close over.
+      start: Where to go on, instead of at `params`.
 
     Returns:
       The solution, its value in the dtypes of the recipe.
@@ -84,9 +88,15 @@ def solve_in_program(
             whole = recipe.with_optimizer(eqx.combine(arrays, rest))
         return whole.solve_in_float64(params, captured, *limits)
 
-    # No tangent enters the solve itself. They come in again with its result.
-    operands = (params, captured, arrays, max_steps, tolerances, list(watched))
-    solution = x64_region(run, *jax.lax.stop_gradient(operands), may_close=False)
+    # No tangent enters the solve itself. They come in again with its result. (What is
+    # no tracer has none, and NumPy's float64 would be rounded here.)
+    def without_tangent(x: Any) -> Any:
+        return jax.lax.stop_gradient(x) if isinstance(x, Tracer) else x
+
+    limits = (max_steps, tolerances, list(watched), start)
+    operands = (params, captured, arrays, *limits)
+    operands = jax.tree.map(without_tangent, operands)
+    solution = x64_region(run, *operands, may_close=False)
 
     @jax.custom_jvp
     def minimum(y: PyTree, captured: Sequence[Any]) -> PyTree:

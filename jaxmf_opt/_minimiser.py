@@ -4,7 +4,7 @@
 # (OptaxMinimiser names its own state, a private class, in the types of its methods.)
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeAlias, cast
+from typing import Any, Generic, NamedTuple, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -33,6 +33,7 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
         tolerance is on: nobody asks for it, and to keep it changes how XLA rounds.
       opt_state: The state of the optax transformation.
       stopped: Whether a tolerance has been met: there is no step left to take.
+      interrupted: Whether a callback has asked to stop; None if there is none to ask.
       reuses_linesearch: Whether `opt_state` ends in a line search that stores value and
         gradient at the point it accepts.
     """
@@ -45,6 +46,19 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
     opt_state: PyTree
     stopped: Bool[Array, ""]
     reuses_linesearch: bool = eqx.field(static=True)
+    interrupted: Bool[Array, ""] | None = None
+
+
+class SolverState(NamedTuple):
+    """All that a solve needs to go on.
+
+    Attributes:
+      params: The current point, float64.
+      minimiser: The state of the minimiser.
+    """
+
+    params: PyTree
+    minimiser: MinimiserState
 
 
 class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
@@ -116,8 +130,13 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         aux_struct: PyTree[jax.ShapeDtypeStruct],
         tags: frozenset[object],
     ) -> MinimiserState[Y, Aux]:
-        """The state before the first step. Nothing is evaluated."""
-        del fn, args, options, tags
+        """The state before the first step. Nothing is evaluated.
+
+        With `options={"state": state}` it is that state, to go on from there.
+        """
+        del fn, args, tags
+        if "state" in options:
+            return options["state"]
         zeros = jax.tree.map(jnp.zeros_like, y)
         opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
         no_aux = not jax.tree.leaves(aux_struct)
@@ -165,6 +184,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             opt_state=opt_state,
             stopped=stopped,
             reuses_linesearch=state.reuses_linesearch,
+            interrupted=state.interrupted,
         )
         new_y = cast(Y, optax.apply_updates(cast(Any, y), cast(Any, update)))
         return new_y, new_state, aux

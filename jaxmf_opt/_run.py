@@ -15,12 +15,12 @@ import optax
 import optimistix as optx
 from jaxtyping import Array, Int, PyTree
 
-from ._minimiser import LeanOptaxMinimiser, MinimiserState, Tolerance
+from ._minimiser import LeanOptaxMinimiser, MinimiserState, SolverState, Tolerance
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._stall import minimiser_for
 from ._structure import CACHE_SIZE
-from ._watch import Watch, WatchedMinimiser
+from ._watch import Watch, WatchedMinimiser, with_interrupt
 
 
 class Tolerances(NamedTuple):
@@ -59,6 +59,7 @@ class Recipe:
         program: Program,
         optimizer: optax.GradientTransformation,
         dtypes: Sequence[Any],
+        int_dtype: Any,
         *,
         tests: bool,
         watch: Watch | None = None,
@@ -69,17 +70,26 @@ class Recipe:
           program: What the loss computes.
           optimizer: The optax transformation.
           dtypes: The dtype that each leaf of the parameters gets in the end.
+          int_dtype: The dtype that numbers of steps get in the end.
           tests: Whether the tolerances are looked at.
           watch: Who is told of each step of a whole solve.
         """
         self.program = program
         self.optimizer = optimizer
         self._dtypes = tuple(dtypes)
+        self._int_dtype = int_dtype
         self._tests = tests
         self._watch = watch
         optimizer_id = optimizer_key(optimizer)
         self.cacheable = optimizer_id is not None
-        self._key: Hashable = (program, optimizer_id, self._dtypes, tests, watch)
+        self._key: Hashable = (
+            program,
+            optimizer_id,
+            self._dtypes,
+            int_dtype,
+            tests,
+            watch,
+        )
 
     def __hash__(self) -> int:
         return hash(self._key) if self.cacheable else id(self)
@@ -95,6 +105,7 @@ class Recipe:
             self.program,
             optimizer,
             self._dtypes,
+            self._int_dtype,
             tests=self._tests,
             watch=self._watch,
         )
@@ -106,6 +117,7 @@ class Recipe:
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
         watched: Sequence[Array] = (),
+        start: SolverState | None = None,
     ) -> optx.Solution:
         """The whole solve, its value in the recipe's dtypes.
 
@@ -117,11 +129,12 @@ class Recipe:
           max_steps: The limit of steps.
           tolerances: When to stop before it.
           watched: What traced callbacks close over.
+          start: Where to go on, instead of at `params`.
 
         Returns:
           The solution.
         """
-        operands = (params, captured, max_steps, tolerances, watched)
+        operands = (params, captured, max_steps, tolerances, watched, start)
         solution = self.solve_in_float64(*operands)
         value = self.in_dtypes(solution.value)
         return eqx.tree_at(lambda s: s.value, solution, value)
@@ -133,6 +146,7 @@ class Recipe:
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
         watched: Sequence[Array] = (),
+        start: SolverState | None = None,
     ) -> optx.Solution:
         """The same as `solve`, with the value as it is: float64."""
         limit = jnp.asarray(max_steps)
@@ -145,51 +159,57 @@ class Recipe:
                 self._watch,
                 watched,
             )
+        first = jnp.zeros_like(limit) if start is None else start.minimiser.step
         solution = optx.minimise(
             self.program.loss,
             minimiser,
-            _as_float64(params),
+            _as_float64(params) if start is None else start.params,
             captured,
+            options={} if start is None else {"state": start.minimiser},
             max_steps=None,
-            adjoint=_WhileBelow(limit),
+            adjoint=_WhileBelow(limit, first.astype(limit.dtype)),
             throw=False,
         )
         value = _pin(solution.value, solution.state)
+        state = solution.state
         if isinstance(minimiser, WatchedMinimiser):
-            value = minimiser.closed(value, solution.state)
+            value = minimiser.closed(value, state)
+            state = with_interrupt(state, None)
         return optx.Solution(
             value=value,
             result=solution.result,
             aux=solution.aux,
-            stats={**solution.stats, "max_steps": limit},
-            state=solution.state,
+            stats=self.stats(state, limit),
+            state=SolverState(value, state),
         )
 
-    def start(self, params: PyTree) -> tuple[PyTree, MinimiserState]:
+    def stats(
+        self, state: MinimiserState, limit: Int[Array, ""]
+    ) -> dict[str, Int[Array, ""]]:
+        """What is told of a run, in the caller's integers."""
+        most = jnp.iinfo(self._int_dtype).max
+        steps = {"num_steps": state.step, "max_steps": limit}
+        return {
+            k: jnp.minimum(n, most).astype(self._int_dtype) for k, n in steps.items()
+        }
+
+    def start(self, params: PyTree) -> SolverState:
         """The float64 point and the state before the first step."""
-        y = _as_float64(params)
-        minimiser = self._minimiser(Tolerances())
-        loss = jax.ShapeDtypeStruct((), jnp.float64)
-        state = minimiser.init(_unused, y, None, {}, loss, None, frozenset())
-        return y, state
+        return start(self.optimizer, params, tests=self._tests)
 
     def step(
-        self,
-        y: PyTree,
-        state: MinimiserState,
-        captured: Sequence[Array],
-        tolerances: Tolerances,
-    ) -> tuple[PyTree, MinimiserState]:
+        self, state: SolverState, captured: Sequence[Array], tolerances: Tolerances
+    ) -> SolverState:
         """The point and the state after one more step."""
-        y, state, _ = self._minimiser(tolerances).step(
+        y, minimiser_state, _ = self._minimiser(tolerances).step(
             lambda y, captured: (self.program.loss(y, captured), None),
-            y,
+            state.params,
             captured,
             {},
-            state,
+            state.minimiser,
             frozenset(),
         )
-        return y, state
+        return SolverState(y, minimiser_state)
 
     def in_dtypes(self, y: PyTree) -> PyTree:
         """The point in the dtypes of the caller's parameters."""
@@ -205,12 +225,31 @@ class Recipe:
         return minimiser_for(self.optimizer, tolerances)
 
 
+def start(
+    optimizer: optax.GradientTransformation, params: PyTree, *, tests: bool
+) -> SolverState:
+    """The state before the first step.
+
+    Args:
+      optimizer: The optax transformation.
+      params: The starting point, of any real dtypes.
+      tests: Whether tolerances are looked at.
+
+    Returns:
+      The point, float64, and the state.
+    """
+    y = _as_float64(params)
+    minimiser = LeanOptaxMinimiser(optimizer, rtol=float(tests))
+    loss = jax.ShapeDtypeStruct((), jnp.float64)
+    return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
+
+
 class Compiled(NamedTuple):
     """The methods of a recipe under `jax.jit`; each is compiled when first called."""
 
     solve: Callable[..., optx.Solution]
-    start: Callable[..., tuple[PyTree, MinimiserState]]
-    step: Callable[..., tuple[PyTree, MinimiserState]]
+    start: Callable[..., SolverState]
+    step: Callable[..., SolverState]
     in_dtypes: Callable[..., PyTree]
 
 
@@ -244,13 +283,14 @@ def _unused(*_: Any) -> Any:
 
 
 class _WhileBelow(optx.AbstractAdjoint):
-    """Runs optimistix's loop up to a limit of steps that may be an array.
+    """Runs optimistix's loop from one step to another, which may be arrays.
 
     In the place of an adjoint, because that is where optimistix lets one choose the
     loop. Derivatives are taken around a solve, never through it.
     """
 
     limit: Int[Array, ""]
+    first: Int[Array, ""]
 
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: Any, tags: Any
@@ -262,7 +302,7 @@ class _WhileBelow(optx.AbstractAdjoint):
             return jax.lax.while_loop(
                 lambda carry: (carry[0] < self.limit) & cond(carry[1]),
                 lambda carry: (carry[0] + 1, body(carry[1])),
-                (jnp.zeros_like(self.limit), init),
+                (self.first, init),
             )[1]
 
         return primal_fn((*inputs, while_loop))

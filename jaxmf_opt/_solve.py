@@ -1,18 +1,19 @@
 """One call, checked, sent the way it has to go."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import optax
 import optimistix as optx
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._callback import (
-    CallbackArgs,
     CallbackFnType,
     Lane,
     no_callback,
@@ -25,16 +26,17 @@ from ._checks import (
     check_linear_solver,
     check_optimizer,
     check_params,
+    check_state,
     check_steps,
     check_tolerance,
 )
 from ._implicit import solve_in_program
-from ._minimiser import Tolerance
-from ._objective import Objective, trace
+from ._minimiser import SolverState, Tolerance
+from ._objective import trace
 from ._optimizer import DEFAULT_OPTIMIZER
-from ._run import Recipe, Tolerances, compiled
-from ._watch import watch
-from ._x64 import is_traced, jax_enable_x64
+from ._run import Recipe, Tolerances, compiled, start
+from ._watch import info_after, watch
+from ._x64 import inside_region, is_traced, jax_enable_x64
 
 
 def solve(
@@ -49,6 +51,7 @@ def solve(
     atol: Tolerance = 0.0,
     gtol: Tolerance = 0.0,
     linear_solver: lx.AbstractLinearSolver | None = None,
+    state: SolverState | Sequence[Array | np.ndarray] | None = None,
 ) -> optx.Solution:
     """Minimises a loss, and returns all there is to know about the run.
 
@@ -63,6 +66,8 @@ def solve(
       atol: Absolute tolerance of the Cauchy criterion.
       gtol: Tolerance for the max-norm of the gradient.
       linear_solver: For the linear system of the derivative.
+      state: Where to go on: the `state` of a solution of the same problem, or what a
+        `callbacks.Checkpoint` has kept of it. `params` then gives dtypes only.
 
     Returns:
       An `optimistix.Solution`. Its `value` has the structure and dtypes of `params`,
@@ -86,63 +91,63 @@ def solve(
     structs = jax.tree.map(_float64_struct, params)
     objective = trace(loss_fn, structs, grad=grad)
     captured = objective.captured
-    arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer))
+    tests = not tolerances.off
+    with inside_region():
+        of_state = functools.partial(start, optimizer, tests=tests)
+        state_structs = jax.eval_shape(of_state, structs)
+    first = None if state is None else check_state(state, state_structs)
+    arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
     in_program = is_traced(arrays)
     stepwise = not (in_program or all(isinstance(c, traced) for c in parts(callback)))
-    watcher, watched = (None, []) if stepwise else watch(callback, structs, optimizer)
+    watcher, watched = (None, []) if stepwise else watch(callback, state_structs)
     in_program = in_program or is_traced(watched)
     recipe = Recipe(
         objective.program,
         optimizer,
         [_caller_dtype(x, in_program) for x in jax.tree.leaves(params)],
-        tests=not tolerances.off,
+        jnp.result_type(int),
+        tests=tests,
         watch=watcher,
     )
     if stepwise:
         return _solve_stepwise(
-            recipe, objective, params, max_steps, tolerances, callback
+            recipe, captured, params, max_steps, tolerances, callback, first
         )
     operands = (params, captured, max_steps, tolerances)
     if in_program or not recipe.cacheable:
-        return solve_in_program(recipe, *operands, linear_solver, watched)
+        return solve_in_program(recipe, *operands, linear_solver, watched, first)
     with jax.enable_x64():
-        return compiled(recipe).solve(*operands, watched)
+        return compiled(recipe).solve(*operands, watched, first)
 
 
 @jax_enable_x64
 def _solve_stepwise(
     recipe: Recipe,
-    objective: Objective,
+    captured: Sequence[Array],
     params: PyTree,
     max_steps: int,
     tolerances: Tolerances,
     callback: CallbackFnType,
+    first: SolverState | None,
 ) -> optx.Solution:
     """The solve as a Python loop, with the callback called between compiled steps."""
     program = compiled(recipe)
-    y, state = program.start(params)
+    state = program.start(params) if first is None else first
     result = optx.RESULTS.nonlinear_max_steps_reached
     lane = Lane()
-    for i in range(max_steps):
-        y, state = program.step(y, state, objective.captured, tolerances)
-        if not tolerances.off and state.stopped:
+    for i in range(int(state.minimiser.step), max_steps):
+        state = program.step(state, captured, tolerances)
+        if not tolerances.off and state.minimiser.stopped:
             result = optx.RESULTS.successful
             break
-        info = CallbackArgs(
-            step=i,
-            loss=state.loss,
-            grad=state.grad,
-            params=y,
-            state=state.opt_state,
-        )
-        if callback(info.of_lane(lane)):
+        if callback(info_after(state, i).told_by(lane, state)):
             result = optx.RESULTS.successful
             break
     return optx.Solution(
-        value=program.in_dtypes(y),
+        value=program.in_dtypes(state.params),
         result=result,
         aux=None,
-        stats={"num_steps": state.step, "max_steps": jnp.asarray(max_steps)},
+        stats=recipe.stats(state.minimiser, jnp.asarray(max_steps)),
         state=state,
     )
 

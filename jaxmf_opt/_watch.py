@@ -13,15 +13,31 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._callback import CallbackArgs, CallbackFnType, Lane, combine, parts, traced
 from ._custom_types import Aux, Y
 from ._host_call import Listener, call, close_run, open_run
-from ._minimiser import LeanOptaxMinimiser, MinimiserState, Tolerance
+from ._minimiser import LeanOptaxMinimiser, MinimiserState, SolverState, Tolerance
 from ._objective import struct
 from ._structure import Structure
 from ._x64 import hoist, inside_region
+
+
+def info_after(state: SolverState, step: Any) -> CallbackArgs:
+    """What a callback is told when a step has led to this state.
+
+    Args:
+      state: The state after the step.
+      step: The number of the step.
+
+    Returns:
+      The information.
+    """
+    of = state.minimiser
+    fields = (step, of.loss, of.grad, state.params, of.opt_state)
+    return CallbackArgs.tree_unflatten(None, fields)
 
 
 class HostCallbacks:
@@ -29,7 +45,7 @@ class HostCallbacks:
 
     Attributes:
       callbacks: Called in this order.
-      treedef: The structure of the `CallbackArgs` that they are called with.
+      treedef: The structure of the `SolverState` that is sent to the host.
     """
 
     def __init__(self, callbacks: Sequence[CallbackFnType], treedef: Any):
@@ -48,10 +64,14 @@ class HostCallbacks:
         lanes: dict[tuple[int, ...], Lane] = {}
         callback = combine(*self.callbacks)
 
-        def listener(index: tuple[int, ...], leaves: Sequence[np.ndarray]) -> bool:
-            info: CallbackArgs = jax.tree.unflatten(self.treedef, leaves)
-            info.step = int(info.step)
-            return callback(info.of_lane(lanes.setdefault(index, Lane(index))))
+        def listener(
+            index: tuple[int, ...], leaves: Sequence[np.ndarray | np.generic]
+        ) -> bool:
+            state: SolverState = jax.tree.unflatten(self.treedef, leaves)
+            info = info_after(state, int(state.minimiser.step) - 1)
+            lane = lanes.setdefault(index, Lane(index))
+            with jax.enable_x64():  # a setting of each thread
+                return callback(info.told_by(lane, state))
 
         return listener
 
@@ -72,31 +92,29 @@ class Watch(NamedTuple):
         self,
         run: Int[Array, ""] | None,
         captured: Sequence[Array],
-        info: CallbackArgs,
+        state: SolverState,
         active: Bool[Array, ""],
     ) -> Bool[Array, ""]:
-        """Whether to stop after this step."""
-        leaves = jax.tree.leaves(info)
-        stop = jnp.array(False)
-        rest = list(captured)
+        """Whether to stop after the step that led to this state."""
+        info = info_after(state, state.minimiser.step - 1)
+        leaves, stop, rest = jax.tree.leaves(info), jnp.array(False), list(captured)
         for program, count in self.programs:
             mine, rest = rest[:count], rest[count:]
             stop = stop | jex.jaxpr_as_fun(program.jaxpr)(*mine, *leaves)[0]
         if self.host is not None:
             assert run is not None
-            stop = stop | call(self.host, run, leaves, active)
+            stop = stop | call(self.host, run, jax.tree.leaves(state), active)
         return stop
 
 
 def watch(
-    callback: CallbackFnType, params: PyTree, optimizer: optax.GradientTransformation
+    callback: CallbackFnType, state: SolverState
 ) -> tuple[Watch | None, list[Array]]:
     """Makes a callback ready to be compiled.
 
     Args:
       callback: A callback of any kind.
-      params: The `jax.ShapeDtypeStruct`s of the parameters, float64.
-      optimizer: The optax transformation.
+      state: The `jax.ShapeDtypeStruct`s of the solver's state.
 
     Returns:
       The callback, None if there is nothing to call; and the arrays that traced
@@ -109,27 +127,19 @@ def watch(
     callbacks = parts(callback)
     if not callbacks:
         return None, []
+    programs: list[tuple[Structure, int]] = []
+    captured: list[Array] = []
     with inside_region():
-        state = jax.eval_shape(optimizer.init, params)
-        info = CallbackArgs(
-            step=jax.ShapeDtypeStruct((), "int64"),  # pyright: ignore[reportArgumentType]
-            loss=jax.ShapeDtypeStruct((), "float64"),  # pyright: ignore[reportArgumentType]
-            grad=params,
-            params=params,
-            state=state,
-        )
+        info = info_after(state, state.minimiser.step)
         leaves, treedef = jax.tree.flatten(info)
-        programs: list[tuple[Structure, int]] = []
-        captured: list[Array] = []
         for fn in callbacks:
             if isinstance(fn, traced):
-                closed, consts = hoist(
-                    jax.make_jaxpr(_checked(fn, treedef))(*map(struct, leaves))
-                )
+                closed = jax.make_jaxpr(_checked(fn, treedef))(*map(struct, leaves))
+                closed, consts = hoist(closed)
                 programs.append((Structure(closed), len(consts)))
                 captured += consts
     on_host = [fn for fn in callbacks if not isinstance(fn, traced)]
-    host = HostCallbacks(on_host, treedef) if on_host else None
+    host = HostCallbacks(on_host, jax.tree.structure(state)) if on_host else None
     return Watch(tuple(programs), host), captured
 
 
@@ -154,6 +164,15 @@ def _checked(fn: traced, treedef: Any) -> Callable[..., Bool[Array, ""]]:
         return jnp.asarray(out)
 
     return stop
+
+
+def with_interrupt(
+    state: MinimiserState[Y, Aux], interrupted: Bool[Array, ""] | None
+) -> MinimiserState[Y, Aux]:
+    """The state with `interrupted` replaced."""
+    return eqx.tree_at(
+        lambda s: s.interrupted, state, interrupted, is_leaf=lambda x: x is None
+    )
 
 
 class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
@@ -198,24 +217,48 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         tags: frozenset[object],
     ) -> tuple[Y, MinimiserState[Y, Aux], Aux]:
         """A step, and the callback behind it."""
+        assert state.interrupted is not None
         new_y, new_state, aux = super().step(fn, y, args, options, state, tags)
-        running = (state.step < self.limit) & ~state.stopped
+        running = (state.step < self.limit) & ~state.stopped & ~state.interrupted
         moved = running & (new_state.step > state.step)
-        info = CallbackArgs(
-            step=state.step,  # pyright: ignore[reportArgumentType]
-            loss=new_state.loss,
-            grad=new_state.grad,
-            params=new_y,
-            state=new_state.opt_state,
-        )
-        stop = self.watch.stop(self.run, self.captured, info, moved)
-        stopped = new_state.stopped | (stop & moved)
-        return new_y, eqx.tree_at(lambda s: s.stopped, new_state, stopped), aux
+        told = SolverState(new_y, with_interrupt(new_state, None))
+        stop = self.watch.stop(self.run, self.captured, told, moved)
+        interrupted = state.interrupted | (stop & moved)
+        return new_y, with_interrupt(new_state, interrupted), aux
+
+    def terminate(
+        self,
+        fn: Callable[[Y, Any], tuple[Any, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        state: MinimiserState[Y, Aux],
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
+        """Whether a tolerance is met or a callback has asked to stop."""
+        stopped, result = super().terminate(fn, y, args, options, state, tags)
+        assert state.interrupted is not None
+        return stopped | state.interrupted, result
+
+    def init(
+        self,
+        fn: Callable[[Y, Any], tuple[Any, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        f_struct: PyTree[jax.ShapeDtypeStruct],
+        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        tags: frozenset[object],
+    ) -> MinimiserState[Y, Aux]:
+        """The state before the first step, with nobody having asked to stop."""
+        state = super().init(fn, y, args, options, f_struct, aux_struct, tags)
+        return with_interrupt(state, jnp.array(False))
 
     def closed(self, y: Y, state: MinimiserState[Y, Aux]) -> Y:
         """Closes the run that ended at `y`, and returns `y`."""
         if self.watch.host is None:
             return y
         assert self.run is not None
-        done = close_run(self.watch.host, self.run, state.stopped)
+        assert state.interrupted is not None
+        done = close_run(self.watch.host, self.run, state.interrupted)
         return jax.tree.map(lambda x: jnp.where(done, x, jnp.nan), y)

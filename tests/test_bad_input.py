@@ -5,11 +5,12 @@ first, with errors of its own. So all the calls are made in one process without 
 checks: this file, run as a script.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,10 +22,12 @@ import optax
 import pytest
 
 import jaxmf_opt
-from jaxmf_opt._run import compiled
+from jaxmf_opt import callbacks, combine, traced
+from jaxmf_opt._run import compiled, start
 
 # Most calls below are wrong, as a type checker would say.
 optimize: Any = jaxmf_opt.optimize
+solve: Any = jaxmf_opt.solve
 
 Y = np.array([1.0, 2.0])
 
@@ -63,12 +66,24 @@ def with_option(name: str, value: Any, error: type[Exception], *words: str) -> B
     return Bad(lambda: optimize(square, Y, **{name: value}), error, words)
 
 
-def inside(transform: Any, argument: Any) -> Bad:
-    def solve(y: Any) -> Any:
-        return optimize(square, y, callback=lambda _: None)
+def with_argument(
+    fn: Any, *args: Any, error: type[Exception], words: Sequence[str], **kwargs: Any
+) -> Bad:
+    return Bad(lambda: fn(*args, **kwargs), error, tuple(words))
 
-    words = ("`callback`", "jax.jit", "jax.vmap")
-    return Bad(lambda: transform(solve)(argument), ValueError, words)
+
+def of_start(params: Any, *, tests: bool) -> Any:
+    """The shapes of a state."""
+    with jax.enable_x64():
+        start_of = functools.partial(start, optax.sgd(0.1), tests=tests)
+        return jax.eval_shape(start_of, params)
+
+
+def going_on(state: Any, *words: str) -> Bad:
+    def call() -> Any:
+        return solve(square, Y, optimizer=optax.sgd(0.1), state=state)
+
+    return Bad(call, ValueError, ("`state`", *words))
 
 
 BAD: dict[str, Bad] = {
@@ -169,9 +184,36 @@ BAD: dict[str, Bad] = {
     "callback of two": with_option(
         "callback", lambda step, loss: None, TypeError, "(step, loss)"
     ),
-    "callback in jit": inside(jax.jit, Y),
-    "callback in vmap": inside(jax.vmap, np.ones((3, 2))),
-    "callback in grad": inside(lambda f: jax.grad(lambda y: f(y)[0]), Y),
+    "traced number": with_argument(
+        traced, 3, error=TypeError, words=("`fn`", "callable", "3")
+    ),
+    "combined None": with_argument(
+        combine, len, None, error=TypeError, words=("`callbacks`", "callable", "None")
+    ),
+    **{
+        f"{fn.__name__}({value!r})": with_argument(
+            fn, value, error=ValueError, words=(f"`{name}`", repr(value))
+        )
+        for fn, name in (
+            (callbacks.NoProgress, "steps"),
+            (callbacks.TimeLimit, "seconds"),
+        )
+        for value in (0, -1.5, np.nan, None, "many")
+    },
+    "NoProgress(2.5)": with_argument(
+        callbacks.NoProgress, 2.5, error=ValueError, words=("`steps`", "whole", "2.5")
+    ),
+    "NoProgress(3, -1)": with_argument(
+        callbacks.NoProgress, 3, -1.0, error=ValueError, words=("`rtol`", "-1.0")
+    ),
+    "Checkpoint(every=0)": with_argument(
+        callbacks.Checkpoint, "x.npz", 0, error=ValueError, words=("`every`", "0")
+    ),
+    "state of numbers": going_on([1.0, 2.0], "same problem", "got 2"),
+    "state of another size": going_on(
+        of_start(np.ones(3), tests=False), "float64[2]", "float64[3]"
+    ),
+    "state of another solve": going_on(of_start(Y, tests=True), "tolerances"),
     "optimizer None": with_option("optimizer", None, TypeError, "optax", "None"),
     "optimizer a string": with_option("optimizer", "adam", TypeError, "'adam'"),
     "optimizer a schedule": with_option(

@@ -1,11 +1,10 @@
 """The contract of callbacks, which are ordinary Python between compiled steps."""
 
-import contextlib
 import copy
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import compilations
 from jaxtyping import PyTree
 
 from jaxmf_opt import CallbackArgs, optimize
@@ -287,20 +287,3 @@ def assert_same(got: PyTree, want: PyTree, dtype: Any = None) -> None:
         np.testing.assert_array_equal(a, b)
 
     jax.tree.map(compare, got, want)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """A list that grows whenever XLA compiles something in this process."""
-    events: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs, kwargs
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,0 +1,269 @@
+"""Ready-made callbacks, to be given to `optimize` alone or in a `combine`.
+
+`small_gradient` is compiled into the solve. The others run in Python: between the steps
+of an eager solve; called from the compiled loop inside `jax.jit`, `jax.vmap` and the
+like, where they keep apart what they know of each lane.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optimistix as optx
+from jaxtyping import Array, Float, Int
+
+from ._callback import CallbackArgs, Lane, traced
+
+
+def small_gradient(gtol: float | Float[Array, ""]) -> traced:
+    """Stops when the max-norm of the gradient is below a limit.
+
+    It is the rule of jax-privacy's `dense.pg_tol_termination_fn`. The argument `gtol`
+    of `optimize` stops before the step instead of after it.
+
+    Args:
+      gtol: The limit. It may be an array, and be batched.
+
+    Returns:
+      A traced callback.
+    """
+    return traced(lambda info: optx.max_norm(info.grad) < gtol)
+
+
+class NoProgress:
+    """Stops when the loss has not improved for some steps."""
+
+    def __init__(self, steps: int, rtol: float = 0.0):
+        """Sets the limits.
+
+        Args:
+          steps: After how many steps without an improvement to stop.
+          rtol: What counts as one: a loss below the best one so far by more than
+            `rtol * abs(best)`.
+        """
+        _check_positive("steps", steps, whole=True)
+        if not 0 <= rtol < math.inf:
+            raise ValueError(f"`rtol` must be a number of at least 0, got {rtol!r}.")
+        self._steps, self._rtol = steps, rtol
+        self._best: weakref.WeakKeyDictionary[Lane, tuple[float, int]]
+        self._best = weakref.WeakKeyDictionary()
+
+    def __call__(self, info: CallbackArgs) -> bool:
+        """Whether to stop."""
+        loss = float(info.loss)
+        best, since = self._best.get(info.lane, (math.inf, info.step))
+        enough = self._rtol * abs(best) if math.isfinite(best) else 0.0
+        if loss < best - enough:
+            best, since = loss, info.step
+        self._best[info.lane] = (best, since)
+        return info.step - since >= self._steps
+
+
+class TimeLimit:
+    """Stops when a solve has run for some time, counted from its first step."""
+
+    def __init__(self, seconds: float):
+        """Sets the limit.
+
+        Args:
+          seconds: The time. The first step is not counted, so neither is compilation.
+        """
+        _check_positive("seconds", seconds)
+        self._seconds = seconds
+        self._started: weakref.WeakKeyDictionary[Lane, float]
+        self._started = weakref.WeakKeyDictionary()
+
+    def __call__(self, info: CallbackArgs) -> bool:
+        """Whether to stop."""
+        now = time.monotonic()
+        return now - self._started.setdefault(info.lane, now) >= self._seconds
+
+
+class Progress:
+    """A progress bar: steps, steps per second, loss and gradient norm.
+
+    Of a batch, it shows the steps of all lanes together, and the loss and gradient norm
+    of the lane that it heard of last.
+
+    Example:
+      As a context manager, which ends the line::
+
+        with Progress(total=250) as progress:
+            optimize(loss, params, callback=progress)
+    """
+
+    def __init__(self, total: int | None = None, **options: Any):
+        """Shows an empty bar.
+
+        Args:
+          total: The number of steps if it is known: `max_optimizer_steps`, times the
+            lanes of a batch.
+          **options: For `tqdm.tqdm`.
+
+        Raises:
+          ModuleNotFoundError: If tqdm is not installed.
+        """
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError as e:
+            raise ModuleNotFoundError(
+                "Progress needs tqdm: pip install 'jaxmf_opt[progress]'"
+            ) from e
+        self._bar = tqdm(total=total, unit="step", **options)
+
+    def __call__(self, info: CallbackArgs) -> None:
+        """Shows a step."""
+        self._bar.set_postfix_str(
+            f"loss {float(info.loss):.6g}, gradient {_max_norm(info.grad):.1e}",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leaves the bar as it is, and ends its line."""
+        self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Record(NamedTuple):
+    """What a `Recorder` knows of one solve, one element a step.
+
+    Attributes:
+      lane: Where the solve is in its batch; () outside of one.
+      step: The numbers of the steps.
+      loss: The losses before the steps.
+      grad_norm: The max-norms of the gradients before the steps.
+      seconds: When the steps had been made, since the recorder was.
+    """
+
+    lane: tuple[int, ...]
+    step: Int[np.ndarray, " steps"]
+    loss: Float[np.ndarray, " steps"]
+    grad_norm: Float[np.ndarray, " steps"]
+    seconds: Float[np.ndarray, " steps"]
+
+
+class Recorder:
+    """Collects loss and gradient norm of each step of each solve that it is given to.
+
+    Example:
+      To plot how two solves converge::
+
+        recorder = Recorder()
+        jax.vmap(lambda c: optimize(loss_of(c), y0, callback=recorder))(cs)
+        for record in recorder.records:
+            plt.semilogy(record.step, record.grad_norm, label=str(record.lane))
+    """
+
+    def __init__(self):
+        """Starts the clock."""
+        self._started = time.monotonic()
+        self._rows: list[tuple[tuple[int, ...], list[tuple[float, ...]]]] = []
+        self._of_lane: weakref.WeakKeyDictionary[Lane, list[tuple[float, ...]]]
+        self._of_lane = weakref.WeakKeyDictionary()
+
+    def __call__(self, info: CallbackArgs) -> None:
+        """Adds a step."""
+        rows = self._of_lane.get(info.lane)
+        if rows is None:
+            rows = self._of_lane[info.lane] = []
+            self._rows.append((info.lane.index, rows))
+        seconds = time.monotonic() - self._started
+        rows.append((info.step, float(info.loss), _max_norm(info.grad), seconds))
+
+    @property
+    def records(self) -> list[Record]:
+        """The records, in the order in which the solves made their first step."""
+        return [
+            Record(lane, np.asarray(step, int), *map(np.asarray, others))
+            for lane, rows in self._rows
+            for step, *others in [zip(*rows, strict=True)]
+        ]
+
+
+class Checkpoint:
+    """Keeps the state of a solve in a file, for a run that may be killed.
+
+    A solve that goes on from it takes the steps that it would have taken, to the bit.
+
+    Example:
+      The same lines start a run and continue it::
+
+        checkpoint = Checkpoint("run.npz", every=10)
+        solve(loss, params, callback=checkpoint, state=checkpoint.load())
+    """
+
+    def __init__(self, path: str | os.PathLike[str], every: int = 1):
+        """Names the file; touches nothing.
+
+        Args:
+          path: Where to keep the state.
+          every: After how many steps to keep it again.
+        """
+        _check_positive("every", every, whole=True)
+        self.path, self._every = Path(path), every
+
+    def __call__(self, info: CallbackArgs) -> None:
+        """Writes the state, in a way that leaves the old file or the new one whole."""
+        if info.lane.index:
+            raise ValueError(
+                "Checkpoint keeps the state of one solve, not of the lanes of a batch."
+            )
+        if (info.step + 1) % self._every:
+            return
+        leaves = [np.asarray(x) for x in jax.tree.leaves(info.solver_state)]
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, *leaves)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def load(self) -> list[np.ndarray] | None:
+        """Reads the state, for the argument `state` of `solve`.
+
+        Returns:
+          The state, or None if there is no file yet.
+
+        Raises:
+          ValueError: If the file is not one that a `Checkpoint` wrote.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                names = (f"arr_{i}" for i in itertools.count())
+                return [file[n] for n in itertools.takewhile(file.__contains__, names)]
+        except Exception as e:
+            raise ValueError(f"{self.path} is not a checkpoint: {e}") from e
+
+
+def _max_norm(grad: Any) -> float:
+    """In NumPy, as JAX may not be called from a compiled program."""
+    arrays = map(np.asarray, jax.tree.leaves(grad))
+    return max((float(np.abs(x).max(initial=0.0)) for x in arrays), default=0.0)
+
+
+def _check_positive(name: str, value: Any, *, whole: bool = False) -> None:
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} above 0, got {value!r}.")

@@ -1,0 +1,492 @@
+"""Callbacks of compiled, batched and differentiated solves, against the eager ones."""
+
+import functools
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiling import compilations
+from jax import lax
+
+from jaxmf_opt import CallbackArgs, Lane, combine, optimize, solve, traced
+
+ROWS = np.array(
+    [[0.25, 1.0, -2.0], [2.0, 0.5, 0.125], [-1.0, 3.0, 0.75], [0.0, 0.25, 0.5]],
+    np.float32,
+)
+STEPS = 6
+LIMIT = 3.25  # of the loss: reached by the rows after different numbers of steps
+
+Verdict = Callable[[CallbackArgs], Any]
+VERDICTS: dict[str, Verdict] = {
+    "no stop": lambda info: None,
+    "stop by lane": lambda info: info.loss < LIMIT,
+}
+
+
+def loss(y: jax.Array, c: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.cosh(y - c)) + jnp.sum((y - c) ** 4)
+
+
+def minimum(c: jax.Array, callback: Verdict) -> jax.Array:
+    return optimize(
+        lambda y: loss(y, c),
+        jnp.zeros(c.shape, c.dtype),
+        callback=callback,
+        max_optimizer_steps=STEPS,
+    )
+
+
+class Calls:
+    """A callback in NumPy that remembers what it has been told, by lane."""
+
+    def __init__(self, verdict: Verdict):
+        self.verdict = verdict
+        self.of_lane: dict[Lane, list[CallbackArgs]] = defaultdict(list)
+
+    def __call__(self, info: CallbackArgs) -> Any:
+        self.of_lane[info.lane].append(info)
+        return self.verdict(info)
+
+    def by_row(self) -> list[list[CallbackArgs]]:
+        """Of each lane, ordered by the first loss, which differs between the rows."""
+        return sorted(self.of_lane.values(), key=lambda calls: float(calls[0].loss))
+
+
+class Eager(NamedTuple):
+    """What an eager solve of each row did."""
+
+    calls: list[list[CallbackArgs]]
+    results: np.ndarray
+
+
+@functools.cache
+def eager(verdict: str, dtype: Any = np.float32) -> Eager:
+    calls = Calls(VERDICTS[verdict])
+    with jax.enable_x64(dtype == np.float64):
+        rows = [minimum(jnp.asarray(row, dtype), calls) for row in ROWS]
+    return Eager(calls.by_row(), np.stack(rows))
+
+
+def of_each(f: Any) -> Any:
+    return lambda rows: jnp.stack([f(c) for c in rows])
+
+
+def blocks(rows: jax.Array) -> jax.Array:
+    return rows.reshape(2, 2, 3)
+
+
+def slope(f: Any) -> Any:
+    """The value beside a derivative."""
+
+    def both(c: jax.Array) -> Any:
+        def total(c: jax.Array) -> Any:
+            y = f(c)
+            return jnp.sum(y), y
+
+        return jax.grad(total, has_aux=True)(c)[1]
+
+    return both
+
+
+def slope_of_slope(f: Any) -> Any:
+    def total(c: jax.Array) -> Any:
+        y = f(c)
+        return jnp.sum(y), y
+
+    return lambda c: jax.hessian(total, has_aux=True)(c)[1]
+
+
+WAYS: dict[str, Callable[[Any], Callable[[jax.Array], jax.Array]]] = {
+    "jit": lambda f: of_each(jax.jit(f)),
+    "vmap": jax.vmap,
+    "jit of vmap": lambda f: jax.jit(jax.vmap(f)),
+    "vmap of jit": lambda f: jax.vmap(jax.jit(f)),
+    "vmap of vmap": lambda f: lambda c: jax.vmap(jax.vmap(f))(blocks(c)).reshape(4, 3),
+    "map": lambda f: lambda c: lax.map(f, c),
+    "grad": lambda f: of_each(slope(f)),
+    "jit of grad": lambda f: of_each(jax.jit(slope(f))),
+    "vmap of grad": lambda f: jax.vmap(slope(f)),
+    "jit of scan": lambda f: jax.jit(
+        lambda c: lax.scan(lambda _, c: (None, f(c)), None, c)[1]
+    ),
+    "vmap of map": lambda f: (
+        lambda c: jax.vmap(lambda b: lax.map(f, b))(blocks(c)).reshape(4, 3)
+    ),
+    "cond": lambda f: of_each(
+        jax.jit(lambda c: lax.cond(c[0] > -9, f, lambda c: f(c + 1), c))
+    ),
+    "checkpoint": lambda f: jax.vmap(jax.checkpoint(f)),
+    "jit of vmap of grad of jit": lambda f: jax.jit(jax.vmap(slope(jax.jit(f)))),
+    "jacfwd": lambda f: jax.jit(
+        jax.vmap(lambda c: jax.jacfwd(lambda c: (f(c),) * 2, has_aux=True)(c)[1])
+    ),
+    "hessian": lambda f: jax.jit(jax.vmap(slope_of_slope(f))),
+}
+# The second half of the ways, which nest the first, stops only.
+CELLS = [
+    *itertools.product(list(WAYS)[:9], VERDICTS),
+    *itertools.product(list(WAYS)[9:], ["stop by lane"]),
+]
+
+
+@pytest.mark.parametrize(("way", "verdict"), CELLS)
+class TestEveryWay:
+    """As often, in the order and with the values of the eager solve."""
+
+    def test_host(self, way: str, verdict: str, x64: bool):
+        dtype = np.float64 if x64 else np.float32
+        want = eager(verdict, dtype)
+        calls = Calls(VERDICTS[verdict])
+        solve = functools.partial(minimum, callback=calls)
+        got = jax.block_until_ready(WAYS[way](solve)(jnp.asarray(ROWS, dtype)))
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got, want.results, rtol=1e-6, atol=1e-7)
+        assert [len(c) for c in calls.by_row()] == [len(c) for c in want.calls]
+        for seen, expected in zip(calls.by_row(), want.calls, strict=True):
+            for i, (info, other) in enumerate(zip(seen, expected, strict=True)):
+                assert type(info.step) is int
+                assert info.step == other.step == i
+                leaves = jax.tree.leaves((info.loss, info.grad, info.params))
+                for x in leaves:
+                    assert isinstance(x, (np.ndarray, np.generic))
+                    assert x.dtype == np.float64
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(
+                        a, b, rtol=1e-9, atol=1e-12
+                    ),
+                    (info.loss, info.grad, info.params, info.state),
+                    (other.loss, other.grad, other.params, other.state),
+                )
+
+    def test_traced(self, way: str, verdict: str):
+        want = eager(verdict)
+        solve = functools.partial(minimum, callback=traced(VERDICTS[verdict]))
+        got = WAYS[way](solve)(jnp.asarray(ROWS))
+        np.testing.assert_allclose(got, want.results, rtol=1e-6, atol=1e-7)
+
+
+def test_the_rows_stop_at_different_steps():
+    """Or the tests above would not test what they say."""
+    assert {len(calls) for calls in eager("no stop").calls} == {STEPS}
+    assert len({len(calls) for calls in eager("stop by lane").calls}) >= 3
+
+
+class TestHost:
+    def test_a_branch_that_is_not_taken_is_not_called(self):
+        calls = Calls(VERDICTS["no stop"])
+        fn = jax.jit(
+            lambda c: lax.cond(c[0] > 9, lambda c: minimum(c, calls), jnp.sin, c)
+        )
+        np.testing.assert_allclose(fn(ROWS[0]), np.sin(ROWS[0]), rtol=1e-6)
+        assert not calls.of_lane
+
+    def test_a_solve_that_nothing_maps_is_one_lane(self):
+        calls = Calls(VERDICTS["no stop"])
+        out = jax.vmap(lambda c: c + minimum(jnp.asarray(ROWS[0]), calls))(ROWS)
+        assert out.shape == ROWS.shape
+        assert [len(c) for c in calls.by_row()] == [STEPS]
+
+    def test_what_it_has_seen_stays_as_it_was(self):
+        copies: list[Any] = []
+
+        def verdict(info: CallbackArgs) -> None:
+            copies.append(jax.tree.map(np.copy, info))
+
+        calls = Calls(verdict)
+        jax.block_until_ready(jax.jit(lambda c: minimum(c, calls))(ROWS[0]))
+        (seen,) = calls.by_row()
+        for kept, copied in zip(seen, copies, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, kept, copied)
+
+    def test_the_state_is_the_optimizers(self):
+        calls = Calls(VERDICTS["no stop"])
+        jax.block_until_ready(jax.vmap(lambda c: minimum(c, calls))(jnp.asarray(ROWS)))
+        for seen in calls.of_lane.values():
+            counts = [int(optax.tree.get(info.state, "count")) for info in seen]
+            assert counts == list(range(1, STEPS + 1))
+            rates = [float(optax.tree.get(i.state, "learning_rate")) for i in seen]
+            assert all(rate > 0 for rate in rates)
+
+    def test_a_float64_value_that_float32_cannot_hold(self):
+        seen: list[float] = []
+
+        def callback(info: CallbackArgs) -> None:
+            seen.append(float(info.loss))
+
+        @jax.jit
+        def fn(c: jax.Array) -> jax.Array:
+            return optimize(
+                lambda y: jnp.sum((y - c) ** 2) + 1 + 2.0**-40,
+                c,
+                callback=callback,
+                max_optimizer_steps=1,
+            )
+
+        jax.block_until_ready(fn(jnp.ones(2)))
+        assert seen == [1 + 2.0**-40]
+
+    @pytest.mark.parametrize("tolerance", ["rtol", "gtol"])
+    def test_tolerances_stop_without_a_call(self, tolerance: str):
+        options: dict[str, Any] = {tolerance: 1e-4}
+        counts = []
+        for transform in (of_each, lambda f: jax.jit(jax.vmap(f))):
+            calls = Calls(lambda info: None)
+
+            def one(c: jax.Array, calls: Calls = calls) -> jax.Array:
+                start = jnp.zeros(c.shape)
+                return optimize(lambda y: loss(y, c), start, callback=calls, **options)
+
+            jax.block_until_ready(transform(one)(jnp.asarray(ROWS)))
+            counts.append([len(seen) for seen in calls.by_row()])
+        assert counts[0] == counts[1]
+        assert all(0 < n < 30 for n in counts[0])
+
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_few_steps(self, steps: int):
+        calls = Calls(VERDICTS["no stop"])
+        start = jnp.ones(2)
+        got = jax.jit(
+            lambda c: optimize(
+                lambda y: loss(y, c), c, callback=calls, max_optimizer_steps=steps
+            )
+        )(start)
+        jax.block_until_ready(got)
+        assert [len(seen) for seen in calls.by_row()] == [1] * steps
+
+    def test_jax_on_small_arrays_runs_in_64_bits(self):
+        """It is not promised, but jax-privacy's own callback does it."""
+        dtypes: list[Any] = []
+
+        def callback(info: CallbackArgs) -> None:
+            dtypes.append(jnp.abs(info.grad).max().dtype)
+
+        jax.block_until_ready(jax.jit(lambda c: minimum(c, callback))(ROWS[0]))
+        assert set(dtypes) == {np.dtype(np.float64)}
+
+    def test_equal_programs_are_compiled_once_in_an_eager_vmap(self):
+        calls = Calls(VERDICTS["no stop"])
+        fn = lambda scale: jax.vmap(lambda c: minimum(scale * c, calls))  # noqa: E731
+        fn(1.0)(jnp.asarray(ROWS))
+        with compilations() as events:
+            jax.block_until_ready(fn(2.0)(jnp.asarray(ROWS)))
+        assert events == []
+
+
+class MineError(Exception):
+    pass
+
+
+class TestExceptions:
+    @pytest.mark.parametrize("error", [MineError("mine"), KeyboardInterrupt("mine")])
+    @pytest.mark.parametrize("way", ["vmap", "grad", "vmap of grad"])
+    def test_eager_the_same_object(self, way: str, error: BaseException):
+        def fail(info: CallbackArgs) -> None:
+            if info.step == 2:
+                raise error
+
+        calls = Calls(fail)
+        with pytest.raises(type(error)) as caught:
+            WAYS[way](lambda c: minimum(c, calls))(jnp.asarray(ROWS))
+        assert caught.value is error
+        # The others of the batch are told of no more steps.
+        assert max(info.step for seen in calls.of_lane.values() for info in seen) == 2
+        assert sum(len(seen) == 3 for seen in calls.of_lane.values()) == 1
+
+    @pytest.mark.parametrize("way", ["jit", "jit of vmap", "map", "jit of grad"])
+    def test_compiled_type_and_message(self, way: str):
+        def fail(info: CallbackArgs) -> None:
+            if info.step == 2:
+                raise MineError("the reason")
+
+        calls = Calls(fail)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="MineError: the reason"):
+            jax.block_until_ready(
+                WAYS[way](lambda c: minimum(c, calls))(jnp.asarray(ROWS))
+            )
+        assert max(info.step for seen in calls.of_lane.values() for info in seen) == 2
+
+    def test_a_solve_after_one_that_failed(self):
+        error = MineError("once")
+
+        def fail(info: CallbackArgs) -> None:
+            if failing:
+                raise error
+
+        fn = jax.vmap(lambda c: minimum(c, fail))
+        failing = True
+        with pytest.raises(MineError):
+            fn(jnp.asarray(ROWS))
+        failing = False
+        np.testing.assert_allclose(
+            fn(jnp.asarray(ROWS)), eager("no stop").results, rtol=1e-6, atol=1e-7
+        )
+
+    def test_what_has_no_truth(self):
+        array = np.zeros(2)
+        with pytest.raises(ValueError, match="ambiguous"):
+            jax.vmap(lambda c: minimum(c, lambda _: array))(jnp.asarray(ROWS))
+
+
+TRUTHS = [
+    (None, False),
+    (True, True),
+    (np.bool_(False), False),
+    (np.float32(2.5), True),
+    ("", False),
+    ("no", True),
+    ([], False),
+    ([0], True),
+    (type, True),
+]
+
+
+@pytest.mark.parametrize(("value", "stops"), TRUTHS, ids=[repr(t[0]) for t in TRUTHS])
+def test_truth_is_pythons(value: Any, stops: bool):
+    verdict = VALUE.copy()
+    VALUE[0] = value
+    try:
+        VALUE_CALLS.of_lane.clear()
+        jax.block_until_ready(jitted_with_value(ROWS[0]))
+        (seen,) = VALUE_CALLS.by_row()
+        assert len(seen) == (2 if stops else STEPS)
+    finally:
+        VALUE[:] = verdict
+
+
+VALUE: list[Any] = [None]
+VALUE_CALLS = Calls(lambda info: VALUE[0] if info.step == 1 else None)
+jitted_with_value = jax.jit(lambda c: minimum(c, VALUE_CALLS))
+
+
+HOST_CALL = re.compile(r'custom_call_target="[^"]*callback')
+
+
+def test_host_calls_can_be_seen_in_a_compiled_program():
+    fn = jax.jit(lambda c: minimum(c, VERDICTS["stop by lane"]))
+    assert HOST_CALL.search(fn.lower(ROWS[0]).compile().as_text() or "")
+
+
+class TestTraced:
+    def test_costs_no_host_call(self):
+        fn = jax.jit(jax.vmap(lambda c: minimum(c, traced(VERDICTS["stop by lane"]))))
+        text = fn.lower(ROWS).compile().as_text()
+        assert text is not None
+        assert not HOST_CALL.search(text)
+
+    def test_limits_that_are_arrays(self, x64: bool):
+        """What it closes over may be traced and batched, without the loss being so."""
+        limits = jnp.array([100.0, LIMIT, 0.0])
+        c = jnp.asarray(ROWS[2], float)
+
+        def steps(limit: jax.Array) -> jax.Array:
+            return solve(
+                lambda y: loss(y, c),
+                jnp.zeros(3),
+                callback=traced(lambda info: info.loss < limit),
+                max_optimizer_steps=STEPS,
+            ).stats["num_steps"]
+
+        (stopped,) = (len(s) for s in eager("stop by lane").calls[-1:])
+        counts = [1, stopped, STEPS]
+        np.testing.assert_array_equal(jax.vmap(steps)(limits), counts)
+        np.testing.assert_array_equal(jax.jit(jax.vmap(steps))(limits), counts)
+        np.testing.assert_array_equal([steps(limit) for limit in limits], counts)
+
+    def test_eager_is_one_program_for_fresh_closures(self):
+        low, high = jnp.array(LIMIT), jnp.array(100.0)
+
+        def steps(limit: jax.Array) -> int:
+            solution = solve(
+                lambda y: loss(y, ROWS[2]),
+                np.zeros(3),
+                callback=traced(lambda info: info.loss < limit),
+                max_optimizer_steps=STEPS,
+            )
+            return int(solution.stats["num_steps"])
+
+        steps(low)
+        with compilations() as events:
+            assert steps(high) == 1
+        assert events == []
+
+    def test_it_may_print(self, capfd: pytest.CaptureFixture[str]):
+        @traced
+        def say(info: CallbackArgs) -> None:
+            jax.debug.print("at step {} of {}", info.step, STEPS)
+
+        jax.block_until_ready(jax.jit(lambda c: minimum(c, say))(ROWS[0]))
+        jax.effects_barrier()
+        lines = capfd.readouterr().out.splitlines()
+        assert lines == [f"at step {i} of {STEPS}" for i in range(STEPS)]
+
+    @pytest.mark.parametrize("value", [True, False, np.bool_(True), None])
+    def test_constants(self, value: Any):
+        solution = solve(
+            lambda y: loss(y, ROWS[0]),
+            np.zeros(3),
+            callback=traced(lambda _: value),
+            max_optimizer_steps=2,
+        )
+        assert solution.stats["num_steps"] == (1 if value else 2)
+
+    @pytest.mark.parametrize(
+        ("value", "error", "words"),
+        [
+            (1, TypeError, "got 1"),
+            ("yes", TypeError, "got 'yes'"),
+            (np.float64(1.0), TypeError, "dtype float64"),
+            (np.array([True]), ValueError, r"shape \(1,\)"),
+            ([], TypeError, r"got \[\]"),
+        ],
+    )
+    def test_refuses_what_is_no_boolean(self, value: Any, error: Any, words: str):
+        for call in (lambda f: f, jax.jit):
+            with pytest.raises(error, match=rf"`callback`.*boolean scalar, .*{words}"):
+                call(lambda c: minimum(c, traced(lambda _: value)))(jnp.zeros(2))
+
+    def test_is_the_function_when_called(self):
+        info = CallbackArgs.tree_unflatten(None, range(5))
+        assert traced(lambda info: info)(info) is info
+
+    def test_the_default_optimizer_takes_all_its_steps(self):
+        """At the minimum too, where without a callback it would end."""
+        solution = solve(
+            lambda y: jnp.sum(y**2), np.ones(2), callback=traced(lambda _: False)
+        )
+        assert solution.stats["num_steps"] == 250
+
+
+class TestCombine:
+    @pytest.mark.parametrize("way", ["eager", "jit", "vmap"])
+    def test_all_are_called_and_any_stops(self, way: str):
+        first, second = Calls(lambda info: info.step == 2), Calls(lambda info: None)
+        both = combine(first, combine(traced(lambda info: info.loss < 0)), second)
+        fn: Any = lambda c: minimum(c, both)  # noqa: E731
+        fn = {"eager": fn, "jit": jax.jit(fn), "vmap": jax.vmap(fn)}[way]
+        jax.block_until_ready(fn(jnp.asarray(ROWS if way == "vmap" else ROWS[0])))
+        lanes = len(ROWS) if way == "vmap" else 1
+        for calls in (first, second):
+            assert [len(seen) for seen in calls.by_row()] == [3] * lanes
+
+    def test_traced_ones_stop_each_lane(self):
+        calls = Calls(VERDICTS["no stop"])
+        both = combine(traced(VERDICTS["stop by lane"]), calls)
+        got = jax.jit(jax.vmap(lambda c: minimum(c, both)))(ROWS)
+        want = eager("stop by lane")
+        np.testing.assert_allclose(got, want.results, rtol=1e-6, atol=1e-7)
+        assert [len(c) for c in calls.by_row()] == [len(c) for c in want.calls]
+
+    def test_of_traced_ones_alone_is_compiled(self):
+        both = combine(traced(VERDICTS["stop by lane"]), traced(lambda _: None))
+        fn = jax.jit(lambda c: minimum(c, both))
+        text = fn.lower(ROWS[0]).compile().as_text()
+        assert text is not None
+        assert not HOST_CALL.search(text)
