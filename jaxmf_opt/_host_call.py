@@ -131,15 +131,23 @@ class _Team:
         self.size = size
         self.failure: BaseException | None = None
         self._changed = threading.Condition()
-        self._opened = self._closed = self._calling = 0
+        self._threads: set[int] = set()  # one for each device: it will wait in `close`
+        self._closed = self._calling = 0
+        self._sealed = False
 
     def join(self) -> bool:
-        """Adds a run, if there is room for it."""
+        """Adds a run, unless this device has one here or it is too late."""
         with self._changed:
-            if self._opened == self.size:
+            thread = threading.get_ident()
+            if self.is_closed_to_others or thread in self._threads:
                 return False
-            self._opened += 1
+            self._threads.add(thread)
+            self._changed.notify_all()
             return True
+
+    @property
+    def is_closed_to_others(self) -> bool:
+        return self._sealed or len(self._threads) == self.size
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
@@ -159,15 +167,22 @@ class _Team:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Waits for the other runs."""
+        """Waits for the other runs: for their end, or after a failure their start."""
         with self._changed:
             self._closed += 1
             self._changed.notify_all()
-            while self._closed < self.size and self.failure is None:
-                all_closed = self._closed == self._opened
-                patience = self.PATIENCE_BEFORE_OPEN if all_closed else self.PATIENCE
+            while not self._sealed:
+                opened = len(self._threads)
+                known = self._closed if self.failure is None else opened
+                if known == self.size:
+                    break
+                patience = self.PATIENCE
+                if known == opened:  # all but those that have not come
+                    patience = self.PATIENCE_BEFORE_OPEN
                 if not self._changed.wait(patience) and not self._calling:
-                    return
+                    break
+            self._sealed = True
+            self._changed.notify_all()
 
 
 class _Run:
@@ -203,7 +218,7 @@ class _Runs:
         self._lock = threading.Lock()
         self._numbers = itertools.cycle(range(1, 2**31))
         self._open: dict[int, _Run] = {}
-        self._teams: dict[Host, _Team] = {}
+        self._teams: dict[Host, list[_Team]] = {}
         self._failures: collections.OrderedDict[int, BaseException]
         self._failures = collections.OrderedDict()
 
@@ -216,12 +231,17 @@ class _Runs:
 
     def _team(self, host: Host, devices: int) -> _Team:
         with self._lock:
-            team = self._teams.get(host)
-            if team is None or team.size != devices or not team.join():
+            waiting = self._teams.pop(host, [])
+            for team in waiting:
+                if team.size == devices and team.join():
+                    break
+            else:
                 team = _Team(devices)
                 team.join()
-            if devices > 1:
-                self._teams[host] = team
+                waiting.append(team)
+            waiting = [t for t in waiting if not t.is_closed_to_others]
+            if waiting:
+                self._teams[host] = waiting
             return team
 
     def __getitem__(self, number: int) -> _Run:
