@@ -1,10 +1,10 @@
 """Runs every benchmark: `python -m benchmarks` (from the root of the repository)."""
 
-from . import calls, regions
+from . import callbacks, calls, regions
 
 
 def main() -> None:
-    for benchmark in (calls, regions):
+    for benchmark in (calls, callbacks, regions):
         print((benchmark.__doc__ or "").strip(), end="\n\n")
         benchmark.main()
         print()

@@ -65,7 +65,8 @@ class CallbackArgs:
 
         Not on the traced side.
         """
-        return self._of_solve("_solver_state")
+        make, args = self._of_solve("_solver_state")
+        return make(*args)
 
     def _of_solve(self, name: str) -> Any:
         if not hasattr(self, name):
@@ -88,9 +89,11 @@ class CallbackArgs:
             setattr(self, field.name, child)
         return self
 
-    def told_by(self, lane: Lane, solver_state: PyTree) -> "CallbackArgs":
-        """Returns this, with its lane and the whole state set."""
-        self._lane, self._solver_state = lane, solver_state
+    def told_by(
+        self, lane: Lane, make_state: Callable[..., PyTree], *args: Any
+    ) -> "CallbackArgs":
+        """Returns this, with its lane and with what makes the whole state set."""
+        self._lane, self._solver_state = lane, (make_state, args)
         return self
 
 

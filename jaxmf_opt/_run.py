@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optimistix as optx
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._minimiser import LeanOptaxMinimiser, MinimiserState, SolverState, Tolerance
 from ._objective import Program
@@ -40,6 +40,25 @@ class Tolerances(NamedTuple):
     def off(self) -> bool:
         """Whether all are known to be 0, so that no test needs to be compiled."""
         return all(not isinstance(t, jax.Array) and t == 0 for t in self)
+
+
+class Memory(NamedTuple):
+    """What a step leaves, beside the point and the optimizer's state.
+
+    Attributes:
+      loss: The loss where the step started.
+      grad: The gradient there.
+      update: The step itself, if tolerances are looked at.
+    """
+
+    loss: Float[Array, ""]
+    grad: PyTree
+    update: PyTree | None
+
+    def put_into(self, state: MinimiserState) -> MinimiserState:
+        """The state with these in it."""
+        parts = lambda s: (s.loss, s.grad, s.update)  # noqa: E731
+        return eqx.tree_at(parts, state, tuple(self), is_leaf=lambda x: x is None)
 
 
 class Recipe:
@@ -198,18 +217,42 @@ class Recipe:
         return start(self.optimizer, params, tests=self._tests)
 
     def step(
-        self, state: SolverState, captured: Sequence[Array], tolerances: Tolerances
-    ) -> SolverState:
-        """The point and the state after one more step."""
-        y, minimiser_state, _ = self._minimiser(tolerances).step(
+        self,
+        y: PyTree,
+        opt_state: PyTree,
+        memory: Memory | None,
+        captured: Sequence[Array],
+        tolerances: Tolerances | None,
+    ) -> tuple[PyTree, PyTree, Memory, Bool[Array, ""] | None]:
+        """One step, of no more arrays than it takes: each of them costs at a call.
+
+        Args:
+          y: The point.
+          opt_state: The state of the optax transformation.
+          memory: What the last step has left; None if no tolerances are looked at.
+          captured: What the loss closes over.
+          tolerances: When to stop, or None.
+
+        Returns:
+          The new `y`, `opt_state` and `memory`, and whether a tolerance has been met.
+        """
+        state = self.start(y).minimiser
+        state = eqx.tree_at(lambda s: s.opt_state, state, opt_state)
+        if memory is not None:
+            state = memory.put_into(state)
+        minimiser = LeanOptaxMinimiser(
+            self.optimizer, *self._tolerances(tolerances or Tolerances())
+        )
+        y, state, _ = minimiser.step(
             lambda y, captured: (self.program.loss(y, captured), None),
-            state.params,
+            y,
             captured,
             {},
-            state.minimiser,
+            state,
             frozenset(),
         )
-        return SolverState(y, minimiser_state)
+        stopped = state.stopped if self._tests else None
+        return y, state.opt_state, Memory(state.loss, state.grad, state.update), stopped
 
     def in_dtypes(self, y: PyTree) -> PyTree:
         """The point in the dtypes of the caller's parameters."""
@@ -218,11 +261,12 @@ class Recipe:
         return jax.tree.unflatten(treedef, cast)
 
     def _minimiser(self, tolerances: Tolerances) -> LeanOptaxMinimiser:
-        if self._tests:
-            tolerances = Tolerances(*map(jnp.float64, tolerances))
-        else:
-            tolerances = Tolerances()
-        return minimiser_for(self.optimizer, tolerances)
+        return minimiser_for(self.optimizer, self._tolerances(tolerances))
+
+    def _tolerances(self, tolerances: Tolerances) -> Tolerances:
+        if not self._tests:
+            return Tolerances()
+        return Tolerances(*map(jnp.float64, tolerances))
 
 
 def start(
@@ -249,7 +293,7 @@ class Compiled(NamedTuple):
 
     solve: Callable[..., optx.Solution]
     start: Callable[..., SolverState]
-    step: Callable[..., SolverState]
+    step: Callable[..., tuple[PyTree, PyTree, Memory, Any]]
     in_dtypes: Callable[..., PyTree]
 
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._callback import (
+    CallbackArgs,
     CallbackFnType,
     Lane,
     no_callback,
@@ -34,8 +36,8 @@ from ._implicit import solve_in_program
 from ._minimiser import SolverState, Tolerance
 from ._objective import trace
 from ._optimizer import DEFAULT_OPTIMIZER
-from ._run import Recipe, Tolerances, compiled, start
-from ._watch import info_after, watch
+from ._run import Memory, Recipe, Tolerances, compiled, start
+from ._watch import watch
 from ._x64 import inside_region, is_traced, jax_enable_x64
 
 
@@ -132,24 +134,47 @@ def _solve_stepwise(
 ) -> optx.Solution:
     """The solve as a Python loop, with the callback called between compiled steps."""
     program = compiled(recipe)
-    state = program.start(params) if first is None else first
+    begin = program.start(params) if first is None else first
+    y, opt_state = begin.params, begin.minimiser.opt_state
+    memory, limits = None, None
+    if not tolerances.off:
+        old = begin.minimiser
+        memory = Memory(old.loss, old.grad, old.update)
+        limits = Tolerances(*map(jnp.asarray, tolerances))
+    told, steps = None, int(begin.minimiser.step)
     result = optx.RESULTS.nonlinear_max_steps_reached
-    lane = Lane()
-    for i in range(int(state.minimiser.step), max_steps):
-        state = program.step(state, captured, tolerances)
-        if not tolerances.off and state.minimiser.stopped:
+    lane, step = Lane(), program.step
+    for i in range(steps, max_steps):
+        y, opt_state, told, stopped = step(y, opt_state, memory, captured, limits)
+        if limits is not None:
+            memory = told
+            if stopped:
+                result = optx.RESULTS.successful
+                break
+        steps = i + 1
+        info = CallbackArgs(i, told.loss, told.grad, y, opt_state)
+        info.told_by(lane, _state_after, begin, steps, y, opt_state, told)
+        if callback(info):
             result = optx.RESULTS.successful
             break
-        if callback(info_after(state, i).told_by(lane, state)):
-            result = optx.RESULTS.successful
-            break
+    end = begin if told is None else _state_after(begin, steps, y, opt_state, told)
     return optx.Solution(
-        value=program.in_dtypes(state.params),
+        value=program.in_dtypes(end.params),
         result=result,
         aux=None,
-        stats=recipe.stats(state.minimiser, jnp.asarray(max_steps)),
-        state=state,
+        stats=recipe.stats(end.minimiser, jnp.asarray(max_steps)),
+        state=end,
     )
+
+
+def _state_after(
+    begin: SolverState, step: int, y: PyTree, opt_state: PyTree, memory: Memory
+) -> SolverState:
+    """The whole state after a number of steps."""
+    minimiser = memory.put_into(begin.minimiser)
+    step_array = jnp.asarray(step, minimiser.step.dtype)
+    parts = lambda s: (s.step, s.opt_state)  # noqa: E731
+    return SolverState(y, eqx.tree_at(parts, minimiser, (step_array, opt_state)))
 
 
 def _float64_struct(x: Any) -> jax.ShapeDtypeStruct:

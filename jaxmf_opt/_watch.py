@@ -71,7 +71,7 @@ class HostCallbacks:
             info = info_after(state, int(state.minimiser.step) - 1)
             lane = lanes.setdefault(index, Lane(index))
             with jax.enable_x64():  # a setting of each thread
-                return callback(info.told_by(lane, state))
+                return callback(info.told_by(lane, lambda: state))
 
         return listener
 

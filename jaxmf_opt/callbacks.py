@@ -24,7 +24,7 @@ from ._callback import CallbackArgs, Lane, traced
 
 
 def small_gradient(gtol: float | Float[Array, ""]) -> traced:
-    """Stops when the max-norm of the gradient is below a limit.
+    """Stops when the max-norm of the gradient is at most a limit.
 
     It is the rule of jax-privacy's `dense.pg_tol_termination_fn`. The argument `gtol`
     of `optimize` stops before the step instead of after it.
@@ -35,7 +35,7 @@ def small_gradient(gtol: float | Float[Array, ""]) -> traced:
     Returns:
       A traced callback.
     """
-    return traced(lambda info: optx.max_norm(info.grad) < gtol)
+    return traced(lambda info: optx.max_norm(info.grad) <= gtol)
 
 
 class NoProgress:
@@ -210,7 +210,7 @@ class Checkpoint:
         """Names the file; touches nothing.
 
         Args:
-          path: Where to keep the state.
+          path: Where to keep the state. Missing directories are made.
           every: After how many steps to keep it again.
         """
         _check_positive("every", every, whole=True)
@@ -225,6 +225,7 @@ class Checkpoint:
         if (info.step + 1) % self._every:
             return
         leaves = [np.asarray(x) for x in jax.tree.leaves(info.solver_state)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
         try:
             with os.fdopen(handle, "wb") as file:

@@ -15,7 +15,10 @@ def blocks(language: str) -> list[str]:
     return [text for of_language, text in fenced if of_language == language]
 
 
-def test_every_python_block_runs(capsys: pytest.CaptureFixture[str]):
+def test_every_python_block_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # for the files that it writes
     scope: dict[str, object] = {}
     for block in blocks("python"):  # each goes on from those before it
         exec(block, scope)
