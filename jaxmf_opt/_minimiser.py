@@ -180,7 +180,8 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             loss=loss,
             grad=grad,
             aux=aux,
-            update=update if self._tests else None,
+            # If no step was made, that of the last one: to decide alike if asked again.
+            update=select(stopped, state.update, update) if self._tests else None,
             opt_state=opt_state,
             stopped=stopped,
             reuses_linesearch=state.reuses_linesearch,

@@ -94,14 +94,25 @@ def solve(
     objective = trace(loss_fn, structs, grad=grad)
     captured = objective.captured
     tests = not tolerances.off
-    with inside_region():
-        of_state = functools.partial(start, optimizer, tests=tests)
-        state_structs = jax.eval_shape(of_state, structs)
-    first = None if state is None else check_state(state, state_structs)
+
+    def state_structs() -> SolverState:
+        with inside_region():
+            of_state = functools.partial(start, optimizer, tests=tests)
+            return jax.eval_shape(of_state, structs)
+
+    first = None
+    if state is not None:
+        first = check_state(state, state_structs())
+        if tests or parts(callback):
+            # Whether to stop is decided anew, by this call's tolerances and callback.
+            stopped = lambda s: s.minimiser.stopped  # noqa: E731
+            first = eqx.tree_at(stopped, first, jnp.array(False))
     arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
     in_program = is_traced(arrays)
     stepwise = not (in_program or all(isinstance(c, traced) for c in parts(callback)))
-    watcher, watched = (None, []) if stepwise else watch(callback, state_structs)
+    watcher, watched = None, []
+    if parts(callback) and not stepwise:
+        watcher, watched = watch(callback, state_structs())
     in_program = in_program or is_traced(watched)
     recipe = Recipe(
         objective.program,
@@ -141,7 +152,7 @@ def _solve_stepwise(
         old = begin.minimiser
         memory = Memory(old.loss, old.grad, old.update)
         limits = Tolerances(*map(jnp.asarray, tolerances))
-    told, steps = None, int(begin.minimiser.step)
+    told, steps, stopped = None, int(begin.minimiser.step), None
     result = optx.RESULTS.nonlinear_max_steps_reached
     lane, step = Lane(), program.step
     for i in range(steps, max_steps):
@@ -158,6 +169,8 @@ def _solve_stepwise(
             result = optx.RESULTS.successful
             break
     end = begin if told is None else _state_after(begin, steps, y, opt_state, told)
+    if stopped is not None:
+        end = eqx.tree_at(lambda s: s.minimiser.stopped, end, stopped)
     return optx.Solution(
         value=program.in_dtypes(end.params),
         result=result,
@@ -172,9 +185,10 @@ def _state_after(
 ) -> SolverState:
     """The whole state after a number of steps."""
     minimiser = memory.put_into(begin.minimiser)
-    step_array = jnp.asarray(step, minimiser.step.dtype)
-    parts = lambda s: (s.step, s.opt_state)  # noqa: E731
-    return SolverState(y, eqx.tree_at(parts, minimiser, (step_array, opt_state)))
+    # Not of JAX: a callback may ask for it at any time, in whatever setting.
+    step_array = np.asarray(step, minimiser.step.dtype)
+    changed = lambda s: (s.step, s.opt_state)  # noqa: E731
+    return SolverState(y, eqx.tree_at(changed, minimiser, (step_array, opt_state)))
 
 
 def _float64_struct(x: Any) -> jax.ShapeDtypeStruct:

@@ -107,9 +107,7 @@ class Watch(NamedTuple):
         return stop
 
 
-def watch(
-    callback: CallbackFnType, state: SolverState
-) -> tuple[Watch | None, list[Array]]:
+def watch(callback: CallbackFnType, state: SolverState) -> tuple[Watch, list[Array]]:
     """Makes a callback ready to be compiled.
 
     Args:
@@ -117,16 +115,13 @@ def watch(
       state: The `jax.ShapeDtypeStruct`s of the solver's state.
 
     Returns:
-      The callback, None if there is nothing to call; and the arrays that traced
-      callbacks close over.
+      The callback, and the arrays that traced callbacks close over.
 
     Raises:
       TypeError: If a traced callback returns what is no boolean.
       ValueError: If it returns an array that is no scalar.
     """
     callbacks = parts(callback)
-    if not callbacks:
-        return None, []
     programs: list[tuple[Structure, int]] = []
     captured: list[Array] = []
     with inside_region():

@@ -1,0 +1,136 @@
+"""The whole answer of a solve, and going on from it."""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+import pytest
+
+from jaxmf_opt import SolverState, solve
+
+ROWS = np.array([[0.25, 1.0], [2.0, 0.5], [-1.0, 3.0]])
+OPTIMIZERS: dict[str, Any] = {
+    "default": {},
+    "zoom": {"optimizer": optax.lbfgs(memory_size=3)},
+    "adam": {"optimizer": optax.adam(0.1)},
+}
+
+
+def minimum(c: Any, steps: int, state: Any = None, **options: Any) -> optx.Solution:
+    def loss(y: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.cosh(y - c)) + jnp.sum((y - c) ** 4)
+
+    start = np.zeros(2, np.float32)
+    return solve(loss, start, max_optimizer_steps=steps, state=state, **options)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+WAYS: dict[str, Any] = {
+    "eager": lambda f: lambda *state: f(ROWS[0], *state),
+    "eager with a callback": lambda f: (
+        lambda *state: f(ROWS[0], *state, callback=lambda _: None)
+    ),
+    "jit": lambda f: lambda *state: jax.jit(f)(ROWS[0], *state),
+    "jit of vmap": lambda f: lambda *state: jax.jit(jax.vmap(f))(ROWS, *state),
+}
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize(
+        ("way", "optimizer", "rtol"),
+        [
+            ("eager", "default", 0.0),
+            ("eager", "default", 1e-12),
+            ("eager with a callback", "default", 0.0),
+            ("eager with a callback", "zoom", 1e-12),
+            ("jit", "zoom", 0.0),
+            ("jit", "adam", 1e-12),
+            ("jit of vmap", "default", 1e-12),
+            ("jit of vmap", "adam", 0.0),
+        ],
+    )
+    def test_as_if_it_had_never_stopped(self, way: str, optimizer: str, rtol: float):
+        options = {**OPTIMIZERS[optimizer], "rtol": rtol}
+
+        def run(steps: int, *state: Any) -> SolverState:
+            fn = functools.partial(_state_of, steps=steps, options=options)
+            return WAYS[way](fn)(*state)
+
+        whole = run(7)
+        assert_same(run(7, run(4)), whole)
+        if way == "eager":
+            assert_same(run(7, run(7)), whole)
+            assert_same(run(7, run(0)), whole)
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_after_a_tolerance_was_met(self, way: str):
+        """With the same one there is nothing to do; with a smaller one it goes on."""
+
+        def run(rtol: float, *state: Any) -> SolverState:
+            fn = functools.partial(_state_of, steps=100, options={"rtol": rtol})
+            return WAYS[way](fn)(*state)
+
+        first, tight = run(1e-3), run(1e-9)
+        assert np.all(np.asarray(first.minimiser.step) < tight.minimiser.step)
+        assert_same(run(1e-3, first), first)
+        assert_same(run(1e-9, first), tight)
+
+    def test_after_a_callback_has_stopped_it(self):
+        stopped = minimum(ROWS[0], 9, callback=lambda info: info.step == 3)
+        assert stopped.stats["num_steps"] == 4
+        assert_same(minimum(ROWS[0], 9, stopped.state).state, minimum(ROWS[0], 9).state)
+
+    def test_through_a_file(self, tmp_path: Any):
+        state = minimum(ROWS[0], 4).state
+        eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+        like = jax.tree.map(lambda x: x, minimum(ROWS[1], 0).state)
+        with jax.enable_x64():
+            again = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", like)
+        assert_same(minimum(ROWS[0], 9, again).state, minimum(ROWS[0], 9).state)
+
+    def test_from_a_state_that_is_traced(self):
+        state = minimum(ROWS[0], 4).state
+        got = jax.jit(lambda state: minimum(ROWS[0], 9, state).value)(state)
+        np.testing.assert_array_equal(got, minimum(ROWS[0], 9).value)
+
+
+def _state_of(
+    c: Any, state: Any = None, *, steps: int, options: dict[str, Any], **more: Any
+) -> SolverState:
+    return minimum(c, steps, state, **options, **more).state
+
+
+class TestSolution:
+    def test_value_is_the_parameters_in_their_own_dtypes(self):
+        solution = minimum(ROWS[0], 50)
+        assert solution.value.dtype == jnp.float32
+        assert solution.state.params.dtype == jnp.float64
+        np.testing.assert_array_equal(
+            solution.value, np.asarray(solution.state.params).astype(np.float32)
+        )
+        np.testing.assert_allclose(solution.value, ROWS[0], atol=1e-5)
+
+    @pytest.mark.parametrize("callback", [None, lambda _: None])
+    @pytest.mark.parametrize("way", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_stats_are_integers_of_the_caller(self, way: Any, callback: Any, x64: bool):
+        more = {} if callback is None else {"callback": callback}
+        stats = way(lambda c: minimum(c, 3, **more).stats)(ROWS[0])
+        assert stats["num_steps"] == stats["max_steps"] == 3
+        for number in stats.values():
+            assert number.dtype == (jnp.int64 if x64 else jnp.int32)
+
+    @pytest.mark.parametrize("callback", [None, lambda _: None])
+    def test_result(self, callback: Any):
+        more = {} if callback is None else {"callback": callback}
+        limit = optx.RESULTS.nonlinear_max_steps_reached
+        assert minimum(ROWS[0], 3, **more).result == limit
+        assert minimum(ROWS[0], 99, rtol=1e-6, **more).result == optx.RESULTS.successful
