@@ -1,5 +1,6 @@
 """Bad arguments are refused at the call, by name, before anything is compiled."""
 
+import functools
 import inspect
 import math
 import operator
@@ -133,6 +134,8 @@ def check_state(state: Any, like: PyTree) -> PyTree:
     """
     want, treedef = jax.tree.flatten(like)
     got = jax.tree.leaves(state)
+    if len(got) == len(want):
+        got = [_as_key(g, w.dtype) for g, w in zip(got, want, strict=True)]
 
     def describe(x: Any) -> str:
         return f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
@@ -144,3 +147,14 @@ def check_state(state: Any, like: PyTree) -> PyTree:
             f"{len(got)}: {', '.join(map(describe, got))}."
         )
     return jax.tree.unflatten(treedef, got)
+
+
+def _as_key(data: Any, dtype: Any) -> Any:
+    """Makes random keys of their data, as a file has them, where keys are wanted."""
+    is_data = getattr(data, "dtype", None) == np.uint32
+    if is_data and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+            key = jax.eval_shape(functools.partial(jax.random.key, impl=impl), 0)
+            if key.dtype == dtype:
+                return jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
+    return data

@@ -107,8 +107,8 @@ def original_exceptions() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        number = _NUMBER.search(str(e))
-        failure = _runs.failure_of(int(number[1])) if number else None
+        numbers = _NUMBER.findall(str(e))  # the last: the user's text stands before it
+        failure = _runs.failure_of(int(numbers[-1])) if numbers else None
         if failure is None:
             raise
         raise failure from None
@@ -256,7 +256,7 @@ class _Runs:
             run = self._open.pop(number, None)
             if run is not None and run.team.failure is not None:
                 self._failures[number] = run.team.failure
-                if len(self._failures) > 64:
+                if len(self._failures) > 8:
                     self._failures.popitem(last=False)
             failure = self._failures.get(number)
         if failure is not None:

@@ -175,13 +175,18 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         update, opt_state = self._search(fn, y, args, state, ~stopped, loss, grad)
         if not self._tests:
             stopped = stopped | self._stalled(y, loss, grad, update, opt_state)
+        if self._tests:
+            # If no step was made, those of the last: to decide alike if asked again.
+            old, new = (state.loss, state.grad, state.update), (loss, grad, update)
+            loss, grad, kept_update = select(stopped, old, new)
+        else:
+            kept_update = None
         new_state = MinimiserState(
             step=step,
             loss=loss,
             grad=grad,
             aux=aux,
-            # If no step was made, that of the last one: to decide alike if asked again.
-            update=select(stopped, state.update, update) if self._tests else None,
+            update=kept_update,
             opt_state=opt_state,
             stopped=stopped,
             reuses_linesearch=state.reuses_linesearch,

@@ -75,8 +75,11 @@ def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
         case Tracer():
             raise _NotComparableError
         case jax.Array() | np.ndarray() | np.generic():
-            a = np.asarray(part)
-            return (type(part), a.shape, a.dtype, a.tobytes())
+            data: Any = part
+            if jnp.issubdtype(data.dtype, jax.dtypes.prng_key):
+                data = jax.random.key_data(data)
+            a = np.asarray(data)
+            return (type(part), part.dtype, a.shape, a.dtype, a.tobytes())
     if isinstance(part, _ATOMS) and _from_library(part):
         return part  # at module level, so there is one of it
     raise _NotComparableError

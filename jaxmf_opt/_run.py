@@ -186,21 +186,25 @@ class Recipe:
             captured,
             options={} if start is None else {"state": start.minimiser},
             max_steps=None,
-            adjoint=_WhileBelow(limit, first.astype(limit.dtype)),
+            adjoint=_WhileBelow(
+                limit, first.astype(limit.dtype), self._watch is not None
+            ),
             throw=False,
         )
-        value = _pin(solution.value, solution.state)
         state = solution.state
         if isinstance(minimiser, WatchedMinimiser):
-            value = minimiser.closed(value, state)
             state = with_interrupt(state, None)
-        return optx.Solution(
+        value = _pin(solution.value, state)
+        whole = optx.Solution(
             value=value,
             result=solution.result,
             aux=solution.aux,
             stats=self.stats(state, limit),
             state=SolverState(value, state),
         )
+        if isinstance(minimiser, WatchedMinimiser):
+            return minimiser.closed(whole, solution.state)
+        return whole
 
     def stats(
         self, state: MinimiserState, limit: Int[Array, ""]
@@ -335,6 +339,7 @@ class _WhileBelow(optx.AbstractAdjoint):
 
     limit: Int[Array, ""]
     first: Int[Array, ""]
+    goes_on_from_nonfinite: bool = eqx.field(static=True)
 
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: Any, tags: Any
@@ -342,9 +347,17 @@ class _WhileBelow(optx.AbstractAdjoint):
         """Runs `primal_fn`, which takes the loop as the last of its inputs."""
         del rewrite_fn, tags
 
+        def goes_on(cond: Callable, carry: Any) -> Bool[Array, ""]:
+            if not self.goes_on_from_nonfinite:
+                return cond(carry)
+            # A callback is told of all steps, as upstream's is. optimistix would end a
+            # run that is no longer finite; all else that ends one is in the state.
+            *_, terminate, _ = carry
+            return ~terminate
+
         def while_loop(cond: Callable, body: Callable, init: Any, **_: Any) -> Any:
             return jax.lax.while_loop(
-                lambda carry: (carry[0] < self.limit) & cond(carry[1]),
+                lambda carry: (carry[0] < self.limit) & goes_on(cond, carry[1]),
                 lambda carry: (carry[0] + 1, body(carry[1])),
                 (self.first, init),
             )[1]

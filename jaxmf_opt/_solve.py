@@ -109,18 +109,21 @@ def solve(
             first = eqx.tree_at(stopped, first, jnp.array(False))
     arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
     in_program = is_traced(arrays)
-    stepwise = not (in_program or all(isinstance(c, traced) for c in parts(callback)))
+    callbacks = parts(callback)
+    of_program = [isinstance(c, traced) for c in callbacks]
     watcher, watched = None, []
-    if parts(callback) and not stepwise:
+    if any(of_program) or (callbacks and in_program):
         watcher, watched = watch(callback, state_structs())
+    # What traced callbacks close over may be traced, too.
     in_program = in_program or is_traced(watched)
+    stepwise = not (in_program or all(of_program))
     recipe = Recipe(
         objective.program,
         optimizer,
         [_caller_dtype(x, in_program) for x in jax.tree.leaves(params)],
         jnp.result_type(int),
         tests=tests,
-        watch=watcher,
+        watch=None if stepwise else watcher,
     )
     if stepwise:
         return _solve_stepwise(
@@ -169,6 +172,8 @@ def _solve_stepwise(
             result = optx.RESULTS.successful
             break
     end = begin if told is None else _state_after(begin, steps, y, opt_state, told)
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(y)):
+        result = optx.RESULTS.nonfinite
     if stopped is not None:
         end = eqx.tree_at(lambda s: s.minimiser.stopped, end, stopped)
     return optx.Solution(
@@ -185,8 +190,8 @@ def _state_after(
 ) -> SolverState:
     """The whole state after a number of steps."""
     minimiser = memory.put_into(begin.minimiser)
-    # Not of JAX: a callback may ask for it at any time, in whatever setting.
-    step_array = np.asarray(step, minimiser.step.dtype)
+    with jax.enable_x64():  # a callback may ask for the state in whatever setting
+        step_array = jnp.asarray(step, minimiser.step.dtype)
     changed = lambda s: (s.step, s.opt_state)  # noqa: E731
     return SolverState(y, eqx.tree_at(changed, minimiser, (step_array, opt_state)))
 

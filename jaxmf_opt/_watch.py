@@ -4,7 +4,8 @@ Traced callbacks are programs of their own, like the loss. All others are called
 host, once a step for a whole batch.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -51,7 +52,7 @@ class HostCallbacks:
     def __init__(self, callbacks: Sequence[CallbackFnType], treedef: Any):
         self.callbacks = tuple(callbacks)
         self.treedef = treedef
-        self._key = (tuple(map(id, self.callbacks)), treedef)
+        self._key = (tuple(map(_identity, self.callbacks)), treedef)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -74,6 +75,12 @@ class HostCallbacks:
                 return callback(info.told_by(lane, lambda: state))
 
         return listener
+
+
+def _identity(callback: CallbackFnType) -> Hashable:
+    if inspect.ismethod(callback):  # a new object each time that it is looked up
+        return id(callback.__self__), callback.__func__
+    return id(callback)
 
 
 class Watch(NamedTuple):
@@ -249,11 +256,25 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         state = super().init(fn, y, args, options, f_struct, aux_struct, tags)
         return with_interrupt(state, jnp.array(False))
 
-    def closed(self, y: Y, state: MinimiserState[Y, Aux]) -> Y:
-        """Closes the run that ended at `y`, and returns `y`."""
+    def closed(self, tree: PyTree, state: MinimiserState[Y, Aux]) -> PyTree:
+        """Closes the run that ended in a state.
+
+        Args:
+          tree: All that is told of the run.
+          state: The state.
+
+        Returns:
+          `tree`, in a way that nothing of it can be used before the run is closed.
+        """
         if self.watch.host is None:
-            return y
+            return tree
         assert self.run is not None
         assert state.interrupted is not None
         done = close_run(self.watch.host, self.run, state.interrupted)
-        return jax.tree.map(lambda x: jnp.where(done, x, jnp.nan), y)
+
+        def behind(x: Any) -> Any:
+            if not eqx.is_array(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+                return x
+            return jnp.where(done, x, jnp.zeros_like(x))
+
+        return jax.tree.map(behind, tree)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, Int
@@ -198,6 +199,8 @@ class Checkpoint:
     """Keeps the state of a solve in a file, for a run that may be killed.
 
     A solve that goes on from it takes the steps that it would have taken, to the bit.
+    What other callbacks remember of the steps before is not kept: a `NoProgress` starts
+    to count anew. One solve at a time: for several, take several files.
 
     Example:
       The same lines start a run and continue it::
@@ -215,16 +218,23 @@ class Checkpoint:
         """
         _check_positive("every", every, whole=True)
         self.path, self._every = Path(path), every
+        self._lanes: weakref.WeakKeyDictionary[Lane, bool]  # whether it is the latest
+        self._lanes = weakref.WeakKeyDictionary()
 
     def __call__(self, info: CallbackArgs) -> None:
         """Writes the state, in a way that leaves the old file or the new one whole."""
-        if info.lane.index:
+        if info.lane not in self._lanes:
+            for earlier in self._lanes:
+                self._lanes[earlier] = False
+            self._lanes[info.lane] = True
+        if info.lane.index or not self._lanes[info.lane]:
             raise ValueError(
-                "Checkpoint keeps the state of one solve, not of the lanes of a batch."
+                "Checkpoint keeps the state of one solve, not of the lanes of a batch "
+                "or of several at a time."
             )
         if (info.step + 1) % self._every:
             return
-        leaves = [np.asarray(x) for x in jax.tree.leaves(info.solver_state)]
+        leaves = [_as_numpy(x) for x in jax.tree.leaves(info.solver_state)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
         try:
@@ -257,10 +267,16 @@ class Checkpoint:
             raise ValueError(f"{self.path} is not a checkpoint: {e}") from e
 
 
+def _as_numpy(x: Any) -> np.ndarray:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(x))
+    return np.asarray(x)
+
+
 def _max_norm(grad: Any) -> float:
     """In NumPy, as JAX may not be called from a compiled program."""
     arrays = map(np.asarray, jax.tree.leaves(grad))
-    return max((float(np.abs(x).max(initial=0.0)) for x in arrays), default=0.0)
+    return float(np.max([np.abs(x).max(initial=0.0) for x in arrays], initial=0.0))
 
 
 def _check_positive(name: str, value: Any, *, whole: bool = False) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax_privacy.matrix_factorization import dense
 
@@ -198,6 +199,17 @@ class TestRecorder:
         grad = jax.grad(loss)(jnp.zeros(2), jnp.asarray(ROWS[0]))
         np.testing.assert_allclose(record.grad_norm, np.abs(grad).max(), rtol=1e-6)
 
+    def test_a_gradient_that_is_nan_is_seen(self):
+        recorder = Recorder()
+        start = (jnp.zeros(1), jnp.full(1, jnp.nan))
+        solve(
+            lambda y: jnp.sum(y[0] ** 2) + jnp.sum(y[1] ** 2),
+            start,
+            callback=recorder,
+            max_optimizer_steps=1,
+        )
+        assert np.isnan(recorder.records[0].grad_norm)
+
     def test_empty(self):
         assert Recorder().records == []
 
@@ -291,6 +303,40 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match="not of the lanes of a batch"):
             jax.vmap(lambda c: steps(c, Checkpoint(tmp_path / "x")))(ROWS)
         assert not list(tmp_path.iterdir())
+
+    def test_refuses_two_solves_in_turns(self, tmp_path: Path):
+        checkpoint = Checkpoint(tmp_path / "x")
+
+        def inner(info: CallbackArgs) -> None:
+            steps(ROWS[1], checkpoint, limit=1)
+
+        with pytest.raises(ValueError, match="several at a time"):
+            steps(ROWS[0], combine(checkpoint, inner))
+        # One after the other is well, whatever is kept of the first.
+        infos: list[CallbackArgs] = []
+        for row in ROWS:
+            steps(row, combine(infos.append, Checkpoint(tmp_path / "x")))
+
+    def test_an_optimizer_with_a_random_key(self, tmp_path: Path):
+        noisy = optax.chain(
+            optax.add_noise(1e-3, 0.5, jax.random.key(7)), optax.sgd(0.05)
+        )
+        checkpoint = Checkpoint(tmp_path / "x", every=4)
+
+        def run(limit: int, state: Any, callback: Any = checkpoint) -> Any:
+            return solve(
+                lambda y: loss(y, jnp.asarray(ROWS[0])),
+                jnp.zeros(2),
+                callback=callback,
+                max_optimizer_steps=limit,
+                optimizer=noisy,
+                state=state,
+            ).value
+
+        run(5, None)
+        np.testing.assert_array_equal(
+            run(8, checkpoint.load(), lambda _: None), run(8, None, lambda _: None)
+        )
 
     def test_says_that_a_file_is_not_a_checkpoint(self, tmp_path: Path):
         path = tmp_path / "x.npz"

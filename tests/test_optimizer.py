@@ -30,6 +30,8 @@ MAKERS = {
     "other array rate": lambda: optax.adam(jnp.array(1e-2)),
     "optax schedule": lambda: optax.sgd(optax.linear_schedule(0.0, 1.0, 5)),
     "other schedule": lambda: optax.sgd(optax.linear_schedule(0.0, 1.0, 6)),
+    "noise": lambda: optax.add_noise(0.1, 0.5, jax.random.key(1)),
+    "other noise": lambda: optax.add_noise(0.1, 0.5, jax.random.key(2)),
     "masked": lambda: optax.masked(optax.sgd(0.1), {"a": True, "b": False}),
     "mask swapped": lambda: optax.masked(optax.sgd(0.1), {"a": False, "b": True}),
 }

@@ -80,9 +80,32 @@ class TestGoingOn:
             return WAYS[way](fn)(*state)
 
         first, tight = run(1e-3), run(1e-9)
-        assert np.all(np.asarray(first.minimiser.step) < tight.minimiser.step)
+        counts = [np.asarray(s.minimiser.step) for s in (first, tight)]
+        assert np.all(counts[0] < counts[1])
         assert_same(run(1e-3, first), first)
         assert_same(run(1e-9, first), tight)
+
+    @pytest.mark.parametrize("atol", [(10.0, 1e-2), (1e-2, 1e-4)])
+    def test_a_smaller_tolerance_on_a_steep_loss(self, atol: tuple[float, float]):
+        """Where the change of the loss decides, not that of the parameters."""
+
+        def run(atol: float, state: Any = None) -> SolverState:
+            slopes, centre = np.array([1.0, 30.0]), np.array([1.0, 2.0])
+            return solve(
+                lambda y: 1e6 * jnp.sum(slopes * jnp.cosh(y - centre)),
+                np.zeros(2),
+                atol=atol,
+                state=state,
+            ).state
+
+        first, tight = run(atol[0]), run(atol[1])
+        assert int(first.minimiser.step) < int(tight.minimiser.step)
+        assert_same(run(atol[1], first), tight)
+
+    def test_from_the_state_of_a_solve_with_a_callback(self):
+        state = minimum(ROWS[0], 4, callback=lambda _: None).state
+        got = jax.jit(lambda state: minimum(ROWS[0], 9, state).value)(state)
+        np.testing.assert_array_equal(got, minimum(ROWS[0], 9).value)
 
     def test_after_a_callback_has_stopped_it(self):
         stopped = minimum(ROWS[0], 9, callback=lambda info: info.step == 3)

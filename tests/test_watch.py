@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimistix as optx
 import pytest
 from compiling import compilations
 from jax import lax
@@ -249,6 +250,33 @@ class TestHost:
         assert counts[0] == counts[1]
         assert all(0 < n < 30 for n in counts[0])
 
+    @pytest.mark.parametrize("way", ["eager", "jit", "vmap"])
+    def test_a_lane_that_is_no_longer_finite_takes_its_steps_too(self, way: str):
+        """As upstream's loop does. And its number of calls is that of its steps."""
+        calls = Calls(VERDICTS["no stop"])
+
+        def one(scale: jax.Array) -> Any:
+            solution = solve(
+                lambda y: scale * jnp.sum(y**4),
+                jnp.full(2, 2.0),
+                callback=calls,
+                max_optimizer_steps=9,
+                optimizer=optax.sgd(1e-3),
+            )
+            failed = solution.result == optx.RESULTS.nonfinite
+            return solution.stats["num_steps"], failed
+
+        scales = jnp.array([1e4, 1.0])
+        if way == "vmap":
+            steps, failed = jax.vmap(one)(scales)
+        else:
+            each = [(jax.jit(one) if way == "jit" else one)(scale) for scale in scales]
+            steps, failed = map(jnp.stack, zip(*each, strict=True))
+        assert steps.tolist() == [9, 9]
+        assert failed.tolist() == [True, False]
+        for seen in calls.of_lane.values():
+            assert [info.step for info in seen] == list(range(9))
+
     @pytest.mark.parametrize("steps", [0, 1])
     def test_few_steps(self, steps: int):
         calls = Calls(VERDICTS["no stop"])
@@ -312,6 +340,35 @@ class TestExceptions:
                 WAYS[way](lambda c: minimum(c, calls))(jnp.asarray(ROWS))
             )
         assert max(info.step for seen in calls.of_lane.values() for info in seen) == 2
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            lambda solution: solution.stats["num_steps"],
+            lambda solution: solution.state.minimiser.loss,
+            lambda solution: solution.result,
+        ],
+    )
+    def test_whatever_is_used_of_the_solution(self, part: Any):
+        def fail(_: CallbackArgs) -> None:
+            raise MineError("the reason")
+
+        @jax.jit
+        def fn(c: jax.Array) -> Any:
+            return part(solve(lambda y: loss(y, c), jnp.zeros(3), callback=fail))
+
+        with pytest.raises(jax.errors.JaxRuntimeError, match="MineError: the reason"):
+            jax.block_until_ready(fn(ROWS[0]))
+
+    def test_a_message_that_looks_like_a_run(self):
+        error = MineError("see [run 1] and [run 2]")
+
+        def fail(_: CallbackArgs) -> None:
+            raise error
+
+        with pytest.raises(MineError) as caught:
+            jax.vmap(lambda c: minimum(c, fail))(jnp.asarray(ROWS))
+        assert caught.value is error
 
     def test_a_solve_after_one_that_failed(self):
         error = MineError("once")
@@ -483,6 +540,22 @@ class TestCombine:
         want = eager("stop by lane")
         np.testing.assert_allclose(got, want.results, rtol=1e-6, atol=1e-7)
         assert [len(c) for c in calls.by_row()] == [len(c) for c in want.calls]
+
+    def test_a_traced_one_may_make_it_part_of_a_program(self):
+        """Nothing else here is traced by the eager `vmap`."""
+        calls = Calls(VERDICTS["no stop"])
+
+        def steps(limit: jax.Array) -> jax.Array:
+            return solve(
+                lambda y: loss(y, ROWS[2]),
+                np.zeros(3),
+                callback=combine(traced(lambda info: info.loss < limit), calls),
+                max_optimizer_steps=STEPS,
+            ).stats["num_steps"]
+
+        counts = jax.vmap(steps)(jnp.array([100.0, 0.0]))
+        assert counts.tolist() == [1, STEPS]
+        assert sorted(map(len, calls.of_lane.values())) == [1, STEPS]
 
     def test_of_traced_ones_alone_is_compiled(self):
         both = combine(traced(VERDICTS["stop by lane"]), traced(lambda _: None))
