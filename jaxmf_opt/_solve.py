@@ -200,9 +200,9 @@ def _float64_struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), "float64")
 
 
-def _caller_dtype(x: Any, traced: bool) -> Any:
+def _caller_dtype(x: Any, in_program: bool) -> Any:
     dtype = getattr(x, "dtype", None)
     if dtype is None:  # a Python number: the float that JAX makes of one outside
         return jnp.result_type(float)
     # A NumPy float64 array stays what it is, but does not enter a float32 program.
-    return jax.dtypes.canonicalize_dtype(dtype) if traced else dtype
+    return jax.dtypes.canonicalize_dtype(dtype) if in_program else dtype
