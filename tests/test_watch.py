@@ -438,6 +438,13 @@ class TestTraced:
         assert text is not None
         assert not HOST_CALL.search(text)
 
+    def test_goes_through_export(self):
+        fn = jax.jit(jax.vmap(lambda c: minimum(c, traced(VERDICTS["stop by lane"]))))
+        data = jax.export.export(fn)(ROWS).serialize()
+        got = jax.export.deserialize(data).call(ROWS)
+        want = eager("stop by lane").results
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
     def test_limits_that_are_arrays(self, x64: bool):
         """What it closes over may be traced and batched, without the loss being so."""
         limits = jnp.array([100.0, LIMIT, 0.0])
