@@ -129,31 +129,8 @@ class Recipe:
             watch=self._watch,
         )
 
-    def solve(
-        self,
-        params: PyTree,
-        captured: Sequence[Array],
-        max_steps: Int[Array, ""] | int,
-        tolerances: Tolerances,
-        watched: Sequence[Array] = (),
-        start: SolverState | None = None,
-    ) -> optx.Solution:
-        """The whole solve, its value in the recipe's dtypes.
-
-        To be called, or traced, with 64-bit types.
-
-        Args:
-          params: The starting point, of any real dtypes.
-          captured: What the loss closes over.
-          max_steps: The limit of steps.
-          tolerances: When to stop before it.
-          watched: What traced callbacks close over.
-          start: Where to go on, instead of at `params`.
-
-        Returns:
-          The solution.
-        """
-        operands = (params, captured, max_steps, tolerances, watched, start)
+    def solve(self, *operands: Any) -> optx.Solution:
+        """The same as `solve_in_float64`, with the value in the recipe's dtypes."""
         solution = self.solve_in_float64(*operands)
         value = self.in_dtypes(solution.value)
         return eqx.tree_at(lambda s: s.value, solution, value)
@@ -167,16 +144,26 @@ class Recipe:
         watched: Sequence[Array] = (),
         start: SolverState | None = None,
     ) -> optx.Solution:
-        """The same as `solve`, with the value as it is: float64."""
+        """The whole solve. To be called, or traced, with 64-bit types.
+
+        Args:
+          params: The starting point, of any real dtypes.
+          captured: What the loss closes over.
+          max_steps: The limit of steps.
+          tolerances: When to stop before it.
+          watched: What traced callbacks close over.
+          start: Where to go on, instead of at `params`.
+
+        Returns:
+          The solution.
+        """
         limit = jnp.asarray(max_steps)
-        minimiser = self._minimiser(tolerances)
-        if self._watch is not None:
+        tolerances = self._tolerances(tolerances)
+        if self._watch is None:
+            minimiser = minimiser_for(self.optimizer, tolerances)
+        else:
             minimiser = WatchedMinimiser(
-                self.optimizer,
-                (minimiser.rtol, minimiser.atol, minimiser.gtol),
-                limit,
-                self._watch,
-                watched,
+                self.optimizer, tolerances, limit, self._watch, watched
             )
         first = jnp.zeros_like(limit) if start is None else start.minimiser.step
         solution = optx.minimise(
@@ -263,9 +250,6 @@ class Recipe:
         leaves, treedef = jax.tree.flatten(y)
         cast = [x.astype(d) for x, d in zip(leaves, self._dtypes, strict=True)]
         return jax.tree.unflatten(treedef, cast)
-
-    def _minimiser(self, tolerances: Tolerances) -> LeanOptaxMinimiser:
-        return minimiser_for(self.optimizer, self._tolerances(tolerances))
 
     def _tolerances(self, tolerances: Tolerances) -> Tolerances:
         if not self._tests:

@@ -100,16 +100,16 @@ def solve(
             of_state = functools.partial(start, optimizer, tests=tests)
             return jax.eval_shape(of_state, structs)
 
+    callbacks = parts(callback)
     first = None
     if state is not None:
         first = check_state(state, state_structs())
-        if tests or parts(callback):
+        if tests or callbacks:
             # Whether to stop is decided anew, by this call's tolerances and callback.
             stopped = lambda s: s.minimiser.stopped  # noqa: E731
             first = eqx.tree_at(stopped, first, jnp.array(False))
     arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
     in_program = is_traced(arrays)
-    callbacks = parts(callback)
     of_program = [isinstance(c, traced) for c in callbacks]
     watcher, watched = None, []
     if any(of_program) or (callbacks and in_program):

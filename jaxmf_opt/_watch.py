@@ -21,9 +21,8 @@ from ._callback import CallbackArgs, CallbackFnType, Lane, combine, parts, trace
 from ._custom_types import Aux, Y
 from ._host_call import Listener, call, close_run, open_run
 from ._minimiser import LeanOptaxMinimiser, MinimiserState, SolverState, Tolerance
-from ._objective import struct
 from ._structure import Structure
-from ._x64 import hoist, inside_region
+from ._x64 import hoist, inside_region, struct
 
 
 def info_after(state: SolverState, step: Any) -> CallbackArgs:

@@ -16,12 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from differentiating import value_beside
+from sharded_cases import DEVICES, sharded, split
 
 from jaxmf_opt import CallbackArgs, optimize, traced
 
-DEVICES = 4
 STEPS = 5
 LIMIT = 3.25
 ROWS = np.stack([np.linspace(0.25, 2.0, 8), np.linspace(1.0, -2.0, 8)], 1)
@@ -30,22 +29,6 @@ ROWS = ROWS.astype(np.float32)
 
 class MineError(Exception):
     pass
-
-
-@functools.cache
-def mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((DEVICES,), ("i",), axis_types=(AxisType.Auto,))
-
-
-def split(fn: Any, check_vma: bool = True) -> Any:
-    """`fn` of two rows on each device."""
-    return jax.shard_map(
-        fn, mesh=mesh(), in_specs=P("i"), out_specs=P("i"), check_vma=check_vma
-    )
-
-
-def sharded(x: Any) -> jax.Array:
-    return jax.device_put(x, NamedSharding(mesh(), P("i")))
 
 
 def minimum(c: jax.Array, callback: Any) -> jax.Array:
@@ -89,16 +72,7 @@ def eager(stops: bool) -> tuple[np.ndarray, dict[float, list[int]]]:
 
 
 def grad_of(fn: Any) -> Any:
-    """The value, beside a derivative."""
-
-    def both(c: jax.Array) -> jax.Array:
-        def total(c: jax.Array) -> Any:
-            y = fn(c)
-            return jnp.sum(y), y
-
-        return jax.grad(total, has_aux=True)(c)[1]
-
-    return both
+    return value_beside(jax.grad, fn)
 
 
 def summed(fn: Any) -> Any:

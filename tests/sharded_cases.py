@@ -45,7 +45,7 @@ def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((DEVICES,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def split(fn: Function, check_vma: bool, *replicated: Any) -> Function:
+def split(fn: Function, check_vma: bool = True, *replicated: Any) -> Function:
     """`fn` of a block of rows on each device, and of what is the same on all."""
     return jax.shard_map(
         fn,

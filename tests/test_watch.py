@@ -14,6 +14,7 @@ import optax
 import optimistix as optx
 import pytest
 from compiling import compilations
+from differentiating import value_beside
 from jax import lax
 
 from jaxmf_opt import CallbackArgs, Lane, combine, optimize, solve, traced
@@ -84,26 +85,7 @@ def blocks(rows: jax.Array) -> jax.Array:
     return rows.reshape(2, 2, 3)
 
 
-def slope(f: Any) -> Any:
-    """The value beside a derivative."""
-
-    def both(c: jax.Array) -> Any:
-        def total(c: jax.Array) -> Any:
-            y = f(c)
-            return jnp.sum(y), y
-
-        return jax.grad(total, has_aux=True)(c)[1]
-
-    return both
-
-
-def slope_of_slope(f: Any) -> Any:
-    def total(c: jax.Array) -> Any:
-        y = f(c)
-        return jnp.sum(y), y
-
-    return lambda c: jax.hessian(total, has_aux=True)(c)[1]
-
+slope = functools.partial(value_beside, jax.grad)
 
 WAYS: dict[str, Callable[[Any], Callable[[jax.Array], jax.Array]]] = {
     "jit": lambda f: of_each(jax.jit(f)),
@@ -129,7 +111,7 @@ WAYS: dict[str, Callable[[Any], Callable[[jax.Array], jax.Array]]] = {
     "jacfwd": lambda f: jax.jit(
         jax.vmap(lambda c: jax.jacfwd(lambda c: (f(c),) * 2, has_aux=True)(c)[1])
     ),
-    "hessian": lambda f: jax.jit(jax.vmap(slope_of_slope(f))),
+    "hessian": lambda f: jax.jit(jax.vmap(value_beside(jax.hessian, f))),
 }
 # The second half of the ways, which nest the first, stops only.
 CELLS = [
