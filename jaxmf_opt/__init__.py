@@ -12,11 +12,13 @@ from ._callback import combine as combine
 from ._callback import traced as traced
 from ._custom_types import ParamT as ParamT
 from ._minimiser import LeanOptaxMinimiser as LeanOptaxMinimiser
-from ._minimiser import MinimiserState as MinimiserState
-from ._minimiser import SolverState as SolverState
 from ._optimize import optimize as optimize
 from ._optimizer import DEFAULT_OPTIMIZER as DEFAULT_OPTIMIZER
+from ._solution import Solution as Solution
 from ._solve import solve as solve
+from ._state import History as History
+from ._state import MinimiserState as MinimiserState
+from ._state import SolverState as SolverState
 from ._x64 import jax_enable_x64 as jax_enable_x64
 
 __version__ = "0.1.0"

@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-import optimistix as optx
 from jax.core import Tracer
 from jax.dtypes import float0
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._minimiser import SolverState
 from ._objective import Program
 from ._run import Recipe, Tolerances
+from ._solution import Solution
+from ._state import SolverState
 from ._x64 import x64_region
 
 # Up to this many parameters dG/dy is made into a matrix; above, it is only multiplied.
@@ -58,7 +58,7 @@ def solve_in_program(
     linear_solver: lx.AbstractLinearSolver | None,
     watched: Sequence[Array] = (),
     start: SolverState | None = None,
-) -> optx.Solution:
+) -> Solution:
     """A solve as part of a larger program, of whatever precision.
 
     It is a float64 region, with a derivative with respect to `captured`. With respect
@@ -82,19 +82,26 @@ def solve_in_program(
     optimizer = eqxi.closure_to_pytree(recipe.optimizer)
     arrays, rest = eqx.partition(optimizer, eqx.is_array)
 
-    def run(params: PyTree, captured: Any, arrays: PyTree, *limits: Any) -> Any:
+    def run(
+        params: PyTree, captured: Any, arrays: PyTree, limits: Any, start: Any
+    ) -> Solution:
         whole = recipe
         if jax.tree.leaves(arrays):
             whole = recipe.with_optimizer(eqx.combine(arrays, rest))
-        return whole.solve_in_float64(params, captured, *limits)
+        if start is not None:
+            start = whole.of_this_problem(start, captured)
+        max_steps, tolerances, watched = limits
+        return whole.solve_in_float64(
+            params, captured, max_steps, tolerances, watched, start
+        )
 
     # No tangent enters the solve itself. They come in again with its result. (What is
     # no tracer has none, and NumPy's float64 would be rounded here.)
     def without_tangent(x: Any) -> Any:
         return jax.lax.stop_gradient(x) if isinstance(x, Tracer) else x
 
-    limits = (max_steps, tolerances, list(watched), start)
-    operands = (params, captured, arrays, *limits)
+    limits = (max_steps, tolerances, list(watched))
+    operands = (params, captured, arrays, limits, start)
     operands = jax.tree.map(without_tangent, operands)
     solution = x64_region(run, *operands, may_close=False)
 

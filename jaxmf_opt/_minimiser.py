@@ -4,7 +4,7 @@
 # (OptaxMinimiser names its own state, a private class, in the types of its methods.)
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -15,50 +15,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from optimistix import RESULTS
 
 from ._custom_types import Aux, Y
+from ._linesearch import count_trials, stored, without_trials
 from ._select import select, select_if_batched
+from ._state import Evaluated, Evaluations, History, MinimiserState
 
 # A tolerance: a number, or an array so that it can be batched.
 Tolerance: TypeAlias = float | int | Float[Array, ""]
-
-
-class MinimiserState(eqx.Module, Generic[Y, Aux]):
-    """The explicit state of a `LeanOptaxMinimiser`. Every leaf is an array.
-
-    Attributes:
-      step: How many steps have been taken.
-      loss: The loss at the point that the last step started from.
-      grad: The gradient at that point.
-      aux: What the loss returned beside its value at that point.
-      update: The last step itself, the difference of two iterates. None where no
-        tolerance is on: nobody asks for it, and to keep it changes how XLA rounds.
-      opt_state: The state of the optax transformation.
-      stopped: Whether a tolerance has been met: there is no step left to take.
-      interrupted: Whether a callback has asked to stop; None if there is none to ask.
-      reuses_linesearch: Whether `opt_state` ends in a line search that stores value and
-        gradient at the point it accepts.
-    """
-
-    step: Int[Array, ""]
-    loss: Float[Array, ""]
-    grad: Y
-    aux: Aux
-    update: Y | None
-    opt_state: PyTree
-    stopped: Bool[Array, ""]
-    reuses_linesearch: bool = eqx.field(static=True)
-    interrupted: Bool[Array, ""] | None = None
-
-
-class SolverState(NamedTuple):
-    """All that a solve needs to go on.
-
-    Attributes:
-      params: The current point, float64.
-      minimiser: The state of the minimiser.
-    """
-
-    params: PyTree
-    minimiser: MinimiserState
 
 
 class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
@@ -132,23 +94,54 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
     ) -> MinimiserState[Y, Aux]:
         """The state before the first step. Nothing is evaluated.
 
-        With `options={"state": state}` it is that state, to go on from there.
+        Args:
+          fn: The loss.
+          y: The starting point.
+          args: What the loss takes beside it.
+          options: May have three entries. "state": the state to go on from, instead of
+            a new one. "limit": the number of steps to take at most; the point that the
+            last of them leads to is then evaluated, too. "history": how many steps to
+            record.
+          f_struct: The shape and dtype of the loss.
+          aux_struct: Those of what it returns beside its value.
+          tags: Unused.
+
+        Returns:
+          The state.
         """
         del fn, args, tags
+        dtype = f_struct.dtype
+        history = None
+        if options.get("history") is not None:
+            history = History(
+                *(jnp.full(options["history"], jnp.nan) for _ in range(3))
+            )
         if "state" in options:
-            return options["state"]
+            state = options["state"]
+            return eqx.tree_at(
+                lambda s: s.history, state, history, is_leaf=lambda x: x is None
+            )
         zeros = jax.tree.map(jnp.zeros_like, y)
         opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
         no_aux = not jax.tree.leaves(aux_struct)
+        unknown, no = jnp.array(jnp.nan, dtype), jnp.array(False)
+        none = jnp.array(0, int)
         return MinimiserState(
-            step=jnp.array(0),
-            loss=jnp.array(jnp.inf, f_struct.dtype),
+            step=none,
+            loss=jnp.array(jnp.inf, dtype),
             grad=zeros,
             aux=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux_struct),
             update=zeros if self._tests else None,
+            loss_before=jnp.array(jnp.inf, dtype) if self._tests else None,
             opt_state=opt_state,
-            stopped=jnp.array(False),
-            reuses_linesearch=no_aux and _stored(opt_state, y) is not None,
+            stopped=no,
+            interrupted=no,
+            ended=no,
+            first_loss=unknown,
+            last_finite=Evaluated(y, unknown, unknown),
+            evaluations=Evaluations(none, none),
+            history=history,
+            reuses_linesearch=no_aux and stored(opt_state, y) is not None,
         )
 
     def step(
@@ -160,40 +153,67 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         state: MinimiserState[Y, Aux],
         tags: frozenset[object],
     ) -> tuple[Y, MinimiserState[Y, Aux], Aux]:
-        """Evaluates at `y`, tests, and moves unless the test says stop."""
-        del options, tags
-        loss, aux, grad = self._evaluate(fn, y, args, state)
+        """Evaluates at `y`, tests, and moves unless there is a reason not to."""
+        del tags
+        loss, aux, grad, fresh = self._evaluate(fn, y, args, state)
         self.verbose(
             num_steps=("Step", state.step),
             loss_this_step=("Loss on this step", loss),
             y=("y", y),
         )
-        step, stopped = state.step + 1, state.stopped
+        here = Evaluated(y, loss, self.norm(grad))
+        is_finite = jnp.isfinite(loss) & _all_finite(y)
+
+        stopped = state.stopped
         if self._tests:
             stopped = stopped | self._converged(y, state, loss, grad)
-            step = jnp.where(stopped, state.step, step)
-        update, opt_state = self._search(fn, y, args, state, ~stopped, loss, grad)
-        if not self._tests:
-            stopped = stopped | self._stalled(y, loss, grad, update, opt_state)
-        if self._tests:
-            # If no step was made, those of the last: to decide alike if asked again.
-            old, new = (state.loss, state.grad, state.update), (loss, grad, update)
-            loss, grad, kept_update = select(stopped, old, new)
+        ended = stopped | state.interrupted
+        if options.get("limit") is not None:
+            ended = ended | (state.step >= options["limit"])
+
+        def move(_: Any) -> _Move:
+            return self._move(fn, y, args, state, ~ended, loss, grad)
+
+        def stay(_: Any) -> _Move:
+            zeros = jax.tree.map(jnp.zeros_like, grad)
+            none = Evaluations(jnp.array(0), jnp.array(0))
+            return _Move(y, zeros, state.opt_state, jnp.array(False), none)
+
+        if self._tests or options.get("limit") is not None:
+            # (Two computations of their own. In a batch both are run, see `_move`.)
+            to = jax.lax.cond(ended, stay, move, None)
         else:
-            kept_update = None
+            to = move(None)
+
+        history, update, loss_before = state.history, None, None
+        if history is not None:
+            row = History(loss, optx.max_norm(grad), optx.max_norm(to.update))
+            index = jnp.where(ended, history.loss.size, state.step)
+            write = lambda h, x: h.at[index].set(x, mode="drop")  # noqa: E731
+            history = jax.tree.map(write, history, row)
+        if self._tests:
+            # If no step is made, those of the last: to decide alike if asked again.
+            old, new = (state.update, state.loss_before), (to.update, loss)
+            update, loss_before = select(ended, old, new)
         new_state = MinimiserState(
-            step=step,
+            step=jnp.where(ended, state.step, state.step + 1),
             loss=loss,
             grad=grad,
             aux=aux,
-            update=kept_update,
-            opt_state=opt_state,
-            stopped=stopped,
-            reuses_linesearch=state.reuses_linesearch,
+            update=update,
+            loss_before=loss_before,
+            opt_state=to.opt_state,
+            stopped=stopped | to.stalled,
             interrupted=state.interrupted,
+            # (What has stalled is still where it was evaluated.)
+            ended=ended | to.stalled,
+            first_loss=jnp.where(state.step == 0, loss, state.first_loss),
+            last_finite=select(is_finite, here, state.last_finite),
+            evaluations=state.evaluations.plus(fresh, to.evaluations),
+            history=history,
+            reuses_linesearch=state.reuses_linesearch,
         )
-        new_y = cast(Y, optax.apply_updates(cast(Any, y), cast(Any, update)))
-        return new_y, new_state, aux
+        return to.y, new_state, aux
 
     def terminate(
         self,
@@ -204,9 +224,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         state: MinimiserState[Y, Aux],
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], RESULTS]:
-        """Whether the last step met a tolerance."""
+        """Whether nothing is left to do."""
         del fn, y, args, options, tags
-        return state.stopped, RESULTS.successful
+        return state.ended, RESULTS.successful
 
     def postprocess(
         self,
@@ -242,21 +262,27 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         y: Y,
         args: PyTree,
         state: MinimiserState[Y, Aux],
-    ) -> tuple[Scalar, Aux, Y]:
-        """Loss, aux and gradient at `y`: the stored ones if there are any."""
+    ) -> tuple[Scalar, Aux, Y, Int[Array, ""]]:
+        """Loss, aux and gradient at `y`, and how often they were computed for that.
+
+        They are the stored ones if there are any.
+        """
 
         def compute(_: Any) -> tuple[Bool[Array, ""], Scalar, Aux, Y]:
             (loss, aux), grad = jax.value_and_grad(fn, has_aux=True)(y, args)
             return jnp.array(False), loss, aux, grad
 
-        stored = _stored(state.opt_state, y) if state.reuses_linesearch else None
-        if stored is None:
-            return compute(None)[1:]
+        found = stored(state.opt_state, y) if state.reuses_linesearch else None
+        if found is None:
+            return *compute(None)[1:], jnp.array(1)
         # A loop of at most one turn, because a batched `cond` evaluates both of its
         # branches in every step, a batched loop only where some lane needs it.
-        missing = ~jnp.isfinite(stored.value)
-        known = (missing, stored.value, state.aux, stored.grad)
-        return jax.lax.while_loop(lambda carry: carry[0], compute, cast(Any, known))[1:]
+        missing = ~jnp.isfinite(found.value)
+        known = (missing, found.value, state.aux, found.grad)
+        evaluated = jax.lax.while_loop(
+            lambda carry: carry[0], compute, cast(Any, known)
+        )
+        return *evaluated[1:], missing.astype(int)
 
     def _converged(
         self, y: Y, state: MinimiserState[Y, Aux], loss: Scalar, grad: Y
@@ -270,10 +296,12 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             return self.norm(jax.tree.map(ratio, difference, of)) < 1
 
         moved = optx.max_norm(state.update) > 0
-        cauchy = small(state.update, y) & small(loss - state.loss, loss)
+        cauchy = small(state.update, y) & small(
+            loss - cast(Array, state.loss_before), loss
+        )
         return (moved & cauchy) | (self.norm(grad) <= self.gtol)
 
-    def _search(
+    def _move(
         self,
         fn: Callable[[Y, Any], tuple[Scalar, Aux]],
         y: Y,
@@ -282,54 +310,62 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         active: Bool[Array, ""],
         loss: Scalar,
         grad: Y,
-    ) -> tuple[Y, PyTree]:
-        """The update and the new state of the optax transformation.
+    ) -> "_Move":
+        """A step of the optax transformation.
 
         A batched line search goes on until its last lane is content. A lane that has
-        stopped is therefore shown a fresh optimizer on the constant function 0, at a
+        ended is therefore shown a fresh optimizer on the constant function 0, at a
         point of infinite loss: its first trial is accepted.
         """
-        # Where nothing is tested, only a batch can have stopped lanes.
-        choose = select if self._tests else select_if_batched
         zeros = jax.tree.map(jnp.zeros_like, grad)
-        shown_loss, shown_grad, shown_state = choose(
+        shown_loss, shown_grad, shown_state = select_if_batched(
             active,
             (loss, grad, state.opt_state),
             (jnp.full_like(loss, jnp.inf), zeros, self.optim.init(y)),
         )
+        is_searching = False
 
         def shown_fn(y: Y) -> Scalar:
-            return choose(active, fn(y, args)[0], jnp.zeros_like(loss))
+            nonlocal is_searching
+            is_searching = True
+            return select_if_batched(active, fn(y, args)[0], jnp.zeros_like(loss))
 
         update, opt_state = self.optim.update(
             shown_grad,
-            shown_state,
+            without_trials(shown_state),
             y,
             value=shown_loss,
             grad=shown_grad,
             value_fn=shown_fn,
         )
-        return choose(active, (update, opt_state), (zeros, state.opt_state))
-
-
-def _stored(
-    opt_state: PyTree, y: PyTree
-) -> optax.ScaleByZoomLinesearchState | optax.ScaleByBacktrackingLinesearchState | None:
-    """The line search at the very end of a chain, if it keeps value and gradient.
-
-    Only there is what it accepted what the minimiser moves to. A transformation behind
-    it, or one that wraps the whole (`MultiSteps`, `inject_hyperparams`), may change the
-    step, so then nothing is reused.
-    """
-    while type(opt_state) is tuple and opt_state:
-        opt_state = opt_state[-1]
-    kinds = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
-    if not isinstance(opt_state, kinds) or opt_state.grad is None:
-        return None
-    same_shapes = jax.tree.structure(opt_state.grad) == jax.tree.structure(y) and all(
-        g.shape == x.shape
-        for g, x in zip(
-            jax.tree.leaves(opt_state.grad), jax.tree.leaves(y), strict=True
+        opt_state, evaluations = count_trials(
+            shown_state, opt_state, is_searching=is_searching
         )
-    )
-    return opt_state if same_shapes else None
+        update, opt_state = select_if_batched(
+            active, (update, opt_state), (zeros, state.opt_state)
+        )
+        new_y = cast(Y, optax.apply_updates(cast(Any, y), cast(Any, update)))
+        stalled = self._stalled(y, loss, grad, update, opt_state)
+        return _Move(new_y, update, opt_state, stalled, evaluations)
+
+
+class _Move(NamedTuple):
+    """Where a step leads, if one is made.
+
+    Attributes:
+      y: The new point.
+      update: The step.
+      opt_state: The new state of the optax transformation.
+      stalled: Whether no later step can move the point.
+      evaluations: What the step has taken.
+    """
+
+    y: PyTree
+    update: PyTree
+    opt_state: PyTree
+    stalled: Bool[Array, ""]
+    evaluations: Evaluations
+
+
+def _all_finite(y: PyTree) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(y)]))

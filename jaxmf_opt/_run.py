@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
+from optimistix import RESULTS
 
-from ._minimiser import LeanOptaxMinimiser, MinimiserState, SolverState, Tolerance
+from ._linesearch import stored
+from ._minimiser import LeanOptaxMinimiser, Tolerance
 from ._objective import Program
 from ._optimizer import optimizer_key
-from ._stall import minimiser_for
+from ._solution import Solution
+from ._stall import is_stationary, minimiser_for
+from ._state import Evaluations, History, MinimiserState, SolverState
 from ._structure import CACHE_SIZE
-from ._watch import Watch, WatchedMinimiser, with_interrupt
+from ._watch import Watch, WatchedMinimiser
 
 
 class Tolerances(NamedTuple):
@@ -42,23 +46,22 @@ class Tolerances(NamedTuple):
         return all(not isinstance(t, jax.Array) and t == 0 for t in self)
 
 
-class Memory(NamedTuple):
-    """What a step leaves, beside the point and the optimizer's state.
+class Told(NamedTuple):
+    """What is told of a step, beside the point and the optimizer's state.
 
     Attributes:
       loss: The loss where the step started.
       grad: The gradient there.
       update: The step itself, if tolerances are looked at.
+      stopped: Whether a tolerance was met, so that no step was made; likewise.
+      row: What is recorded of the step, of length 1, if anything is.
     """
 
     loss: Float[Array, ""]
     grad: PyTree
     update: PyTree | None
-
-    def put_into(self, state: MinimiserState) -> MinimiserState:
-        """The state with these in it."""
-        parts = lambda s: (s.loss, s.grad, s.update)  # noqa: E731
-        return eqx.tree_at(parts, state, tuple(self), is_leaf=lambda x: x is None)
+    stopped: Bool[Array, ""] | None
+    row: History | None
 
 
 class Recipe:
@@ -79,8 +82,10 @@ class Recipe:
         optimizer: optax.GradientTransformation,
         dtypes: Sequence[Any],
         int_dtype: Any,
+        float_dtype: Any,
         *,
         tests: bool,
+        history: int | None = None,
         watch: Watch | None = None,
     ):
         """Puts the parts together.
@@ -89,15 +94,19 @@ class Recipe:
           program: What the loss computes.
           optimizer: The optax transformation.
           dtypes: The dtype that each leaf of the parameters gets in the end.
-          int_dtype: The dtype that numbers of steps get in the end.
+          int_dtype: The dtype that counts get in the end.
+          float_dtype: The dtype that losses and norms get in the end.
           tests: Whether the tolerances are looked at.
+          history: How many steps to record, if any.
           watch: Who is told of each step of a whole solve.
         """
         self.program = program
         self.optimizer = optimizer
         self._dtypes = tuple(dtypes)
         self._int_dtype = int_dtype
+        self._float_dtype = float_dtype
         self._tests = tests
+        self._history = history
         self._watch = watch
         optimizer_id = optimizer_key(optimizer)
         self.cacheable = optimizer_id is not None
@@ -106,7 +115,9 @@ class Recipe:
             optimizer_id,
             self._dtypes,
             int_dtype,
+            float_dtype,
             tests,
+            history,
             watch,
         )
 
@@ -125,15 +136,15 @@ class Recipe:
             optimizer,
             self._dtypes,
             self._int_dtype,
+            self._float_dtype,
             tests=self._tests,
+            history=self._history,
             watch=self._watch,
         )
 
-    def solve(self, *operands: Any) -> optx.Solution:
+    def solve(self, *operands: Any) -> Solution:
         """The same as `solve_in_float64`, with the value in the recipe's dtypes."""
-        solution = self.solve_in_float64(*operands)
-        value = self.in_dtypes(solution.value)
-        return eqx.tree_at(lambda s: s.value, solution, value)
+        return self._cast(self.solve_in_float64(*operands))
 
     def solve_in_float64(
         self,
@@ -143,7 +154,7 @@ class Recipe:
         tolerances: Tolerances,
         watched: Sequence[Array] = (),
         start: SolverState | None = None,
-    ) -> optx.Solution:
+    ) -> Solution:
         """The whole solve. To be called, or traced, with 64-bit types.
 
         Args:
@@ -163,45 +174,82 @@ class Recipe:
             minimiser = minimiser_for(self.optimizer, tolerances)
         else:
             minimiser = WatchedMinimiser(
-                self.optimizer, tolerances, limit, self._watch, watched
+                self.optimizer, tolerances, self._watch, watched
             )
-        first = jnp.zeros_like(limit) if start is None else start.minimiser.step
+        options: dict[str, Any] = {"limit": limit, "history": self._history}
+        if start is not None:
+            options["state"] = start.minimiser
         solution = optx.minimise(
             self.program.loss,
             minimiser,
             _as_float64(params) if start is None else start.params,
             captured,
-            options={} if start is None else {"state": start.minimiser},
+            options=options,
             max_steps=None,
-            adjoint=_WhileBelow(
-                limit, first.astype(limit.dtype), self._watch is not None
-            ),
+            adjoint=_Loop(self._watch is not None),
             throw=False,
         )
-        state = solution.state
-        if isinstance(minimiser, WatchedMinimiser):
-            state = with_interrupt(state, None)
-        value = _pin(solution.value, state)
-        whole = optx.Solution(
-            value=value,
-            result=solution.result,
-            aux=solution.aux,
-            stats=self.stats(state, limit),
-            state=SolverState(value, state),
-        )
+        whole = self.finish(_pinned(solution.value, solution.state), limit)
         if isinstance(minimiser, WatchedMinimiser):
             return minimiser.closed(whole, solution.state)
         return whole
 
-    def stats(
-        self, state: MinimiserState, limit: Int[Array, ""]
-    ) -> dict[str, Int[Array, ""]]:
-        """What is told of a run, in the caller's integers."""
+    def of_this_problem(
+        self, state: SolverState, captured: Sequence[Array]
+    ) -> SolverState:
+        """The state; with points of NaN if it is that of another problem."""
+        last = state.minimiser.last_finite
+        is_mine = is_of_problem(state, self.program.loss(last.params, captured))
+
+        def mine(x: Array) -> Array:
+            return jnp.where(is_mine, x, jnp.nan)
+
+        last = jax.tree.map(mine, last)
+        minimiser = eqx.tree_at(lambda s: s.last_finite, state.minimiser, last)
+        return SolverState(jax.tree.map(mine, state.params), minimiser)
+
+    def finish(self, end: SolverState, limit: Int[Array, ""]) -> Solution:
+        """What is told of a run.
+
+        Args:
+          end: Where it has ended, with what has been recorded.
+          limit: The limit of steps.
+
+        Returns:
+          The solution, with a float64 value.
+        """
+        state = end.minimiser
+        last = state.last_finite
+        finite = jnp.isfinite(state.loss) & jnp.isfinite(last.grad_norm)
+        for x in jax.tree.leaves(end.params):
+            finite &= jnp.all(jnp.isfinite(x))
+        success = state.interrupted | (last.grad_norm == 0)
+        # Without tolerances it has stopped because it stands still, wherever that is.
+        success |= state.stopped & (self._tests | is_stationary(last))
+        at_limit: Any = RESULTS.nonlinear_max_steps_reached
+        stagnant: Any = RESULTS.stagnation
+        result = RESULTS.where(state.stopped, stagnant, at_limit)
+        result = RESULTS.where(success, RESULTS.successful, result)
+        result = RESULTS.where(finite, result, RESULTS.nonfinite)
         most = jnp.iinfo(self._int_dtype).max
-        steps = {"num_steps": state.step, "max_steps": limit}
-        return {
-            k: jnp.minimum(n, most).astype(self._int_dtype) for k, n in steps.items()
+        counts = {
+            "num_steps": state.step,
+            "max_steps": limit,
+            "num_loss_evaluations": state.evaluations.loss,
+            "num_grad_evaluations": state.evaluations.grad,
         }
+        floats: dict[str, PyTree] = {"loss": last.loss, "grad_norm": last.grad_norm}
+        if state.history is not None:
+            floats["history"] = state.history
+        stats = {
+            k: jnp.minimum(n, most).astype(self._int_dtype) for k, n in counts.items()
+        }
+        stats |= jax.tree.map(lambda x: x.astype(self._float_dtype), floats)
+        no_history = lambda s: s.minimiser.history  # noqa: E731
+        end = eqx.tree_at(no_history, end, None, is_leaf=lambda x: x is None)
+        return Solution(
+            value=last.params, result=result, aux=None, stats=stats, state=end
+        )
 
     def start(self, params: PyTree) -> SolverState:
         """The float64 point and the state before the first step."""
@@ -211,26 +259,36 @@ class Recipe:
         self,
         y: PyTree,
         opt_state: PyTree,
-        memory: Memory | None,
+        tally: Int[Array, "3"],
+        before: tuple[PyTree, Float[Array, ""]] | None,
         captured: Sequence[Array],
         tolerances: Tolerances | None,
-    ) -> tuple[PyTree, PyTree, Memory, Bool[Array, ""] | None]:
+    ) -> tuple[PyTree, PyTree, Int[Array, "3"], Told]:
         """One step, of no more arrays than it takes: each of them costs at a call.
 
         Args:
           y: The point.
           opt_state: The state of the optax transformation.
-          memory: What the last step has left; None if no tolerances are looked at.
+          tally: How many steps may be taken (0: `y` is evaluated and not moved), and
+            how often loss and gradient have been computed.
+          before: The last step and the loss where it started; None if no tolerances are
+            looked at.
           captured: What the loss closes over.
           tolerances: When to stop, or None.
 
         Returns:
-          The new `y`, `opt_state` and `memory`, and whether a tolerance has been met.
+          The new `y`, `opt_state` and `tally`, and what else is told.
         """
         state = self.start(y).minimiser
-        state = eqx.tree_at(lambda s: s.opt_state, state, opt_state)
-        if memory is not None:
-            state = memory.put_into(state)
+        update, loss_before = (None, None) if before is None else before
+        row = None
+        if self._history is not None:
+            row = History(*(jnp.full(1, jnp.nan) for _ in range(3)))
+        parts = lambda s: (  # noqa: E731
+            *(s.opt_state, s.evaluations, s.update, s.loss_before, s.history),
+        )
+        new_parts = (opt_state, Evaluations(*tally[1:]), update, loss_before, row)
+        state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
         minimiser = LeanOptaxMinimiser(
             self.optimizer, *self._tolerances(tolerances or Tolerances())
         )
@@ -238,18 +296,34 @@ class Recipe:
             lambda y, captured: (self.program.loss(y, captured), None),
             y,
             captured,
-            {},
+            {"limit": tally[0]},
             state,
             frozenset(),
         )
+        tally = jnp.stack([tally[0] - state.step, *state.evaluations])
         stopped = state.stopped if self._tests else None
-        return y, state.opt_state, Memory(state.loss, state.grad, state.update), stopped
+        told = Told(state.loss, state.grad, state.update, stopped, state.history)
+        return y, state.opt_state, tally, told
+
+    def value_and_finish(
+        self, end: SolverState, limit: Int[Array, ""] | int
+    ) -> Solution:
+        """The same as `finish`, with the value in the recipe's dtypes."""
+        return self._cast(self.finish(end, jnp.asarray(limit)))
+
+    def loss(self, y: PyTree, captured: Sequence[Array]) -> Float[Array, ""]:
+        """The loss at a float64 point."""
+        return self.program.loss(y, captured)
 
     def in_dtypes(self, y: PyTree) -> PyTree:
         """The point in the dtypes of the caller's parameters."""
         leaves, treedef = jax.tree.flatten(y)
         cast = [x.astype(d) for x, d in zip(leaves, self._dtypes, strict=True)]
         return jax.tree.unflatten(treedef, cast)
+
+    def _cast(self, solution: Solution) -> Solution:
+        value = self.in_dtypes(solution.value)
+        return eqx.tree_at(lambda s: s.value, solution, value)
 
     def _tolerances(self, tolerances: Tolerances) -> Tolerances:
         if not self._tests:
@@ -276,13 +350,61 @@ def start(
     return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
 
 
+def going_on(state: SolverState, *, decides: bool) -> SolverState:
+    """A state to go on from.
+
+    Args:
+      state: The state in which a run has ended.
+      decides: Whether there are tolerances or callbacks by which this run decides anew
+        whether to stop.
+
+    Returns:
+      The state with its flags reset.
+    """
+    old = state.minimiser
+    stopped = jnp.array(False) if decides else old.stopped
+    # A run evaluates the point at which it ends. This one begins with that evaluation.
+    again = jnp.array(1)
+    known = stored(old.opt_state, state.params) if old.reuses_linesearch else None
+    if known is not None:
+        again = jnp.where(jnp.isfinite(known.value), 0, 1)
+    is_stalled = old.stopped if old.update is None else jnp.array(False)
+    again = jnp.where(old.ended & ~is_stalled, again, 0)
+    evaluations = Evaluations(
+        *(jnp.where(n > 0, n - again, n) for n in old.evaluations)
+    )
+    parts = lambda s: (s.stopped, s.interrupted, s.ended, s.evaluations)  # noqa: E731
+    new_parts = (stopped, jnp.array(False), stopped, evaluations)
+    return SolverState(state.params, eqx.tree_at(parts, old, new_parts))
+
+
+def is_of_problem(state: SolverState, loss: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a state is that of a problem.
+
+    Args:
+      state: The state.
+      loss: The loss of the problem at the last finite point of the state.
+
+    Returns:
+      Whether it is the loss that the state remembers. Two compiled programs of one
+      loss may differ in its last bits, which are last bits of larger numbers if the
+      loss at the minimum is a small difference: hence the loss at the start as a scale.
+    """
+    of = state.minimiser
+    first = jnp.where(jnp.isfinite(of.first_loss), jnp.abs(of.first_loss), 0.0)
+    scale = jnp.maximum(jnp.abs(of.last_finite.loss), first)
+    is_same = jnp.abs(loss - of.last_finite.loss) <= 1e-8 * scale + 1e-20
+    return jnp.isnan(of.last_finite.loss) | is_same
+
+
 class Compiled(NamedTuple):
     """The methods of a recipe under `jax.jit`; each is compiled when first called."""
 
-    solve: Callable[..., optx.Solution]
+    solve: Callable[..., Solution]
     start: Callable[..., SolverState]
-    step: Callable[..., tuple[PyTree, PyTree, Memory, Any]]
-    in_dtypes: Callable[..., PyTree]
+    step: Callable[..., tuple[PyTree, PyTree, Array, Told]]
+    value_and_finish: Callable[..., Solution]
+    loss: Callable[..., Array]
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
@@ -295,8 +417,8 @@ def _as_float64(params: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
 
 
-def _pin(y: PyTree, state: MinimiserState) -> PyTree:
-    """Returns `y`, in a way that keeps all of `state` in the compiled program.
+def _pinned(y: PyTree, state: MinimiserState) -> SolverState:
+    """Both, in a way that keeps all of `state` in a program that uses the result.
 
     XLA drops from a loop what its caller does not use, and then fuses and rounds the
     rest differently. Near a minimum rounding decides how long a line search takes, and
@@ -307,22 +429,25 @@ def _pin(y: PyTree, state: MinimiserState) -> PyTree:
     leaves = [x for x in jax.tree.leaves(state) if x.size]
     numbers = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
     witness = sum(x.ravel()[0].astype(jnp.float64) for x in numbers)
-    return jax.tree.map(lambda x: jnp.where(never, witness, x), y)
+
+    def pin(y: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.where(never, witness, x), y)
+
+    last = lambda s: s.last_finite.params  # noqa: E731
+    return SolverState(pin(y), eqx.tree_at(last, state, pin(last(state))))
 
 
 def _unused(*_: Any) -> Any:
     raise AssertionError("the minimiser evaluates nothing before its first step")
 
 
-class _WhileBelow(optx.AbstractAdjoint):
-    """Runs optimistix's loop from one step to another, which may be arrays.
+class _Loop(optx.AbstractAdjoint):
+    """Runs optimistix's loop.
 
     In the place of an adjoint, because that is where optimistix lets one choose the
     loop. Derivatives are taken around a solve, never through it.
     """
 
-    limit: Int[Array, ""]
-    first: Int[Array, ""]
     goes_on_from_nonfinite: bool = eqx.field(static=True)
 
     def apply(
@@ -331,19 +456,13 @@ class _WhileBelow(optx.AbstractAdjoint):
         """Runs `primal_fn`, which takes the loop as the last of its inputs."""
         del rewrite_fn, tags
 
-        def goes_on(cond: Callable, carry: Any) -> Bool[Array, ""]:
-            if not self.goes_on_from_nonfinite:
-                return cond(carry)
-            # A callback is told of all steps, as upstream's is. optimistix would end a
-            # run that is no longer finite; all else that ends one is in the state.
-            *_, terminate, _ = carry
-            return ~terminate
-
         def while_loop(cond: Callable, body: Callable, init: Any, **_: Any) -> Any:
-            return jax.lax.while_loop(
-                lambda carry: (carry[0] < self.limit) & goes_on(cond, carry[1]),
-                lambda carry: (carry[0] + 1, body(carry[1])),
-                (self.first, init),
-            )[1]
+            def goes_on(carry: Any) -> Bool[Array, ""]:
+                # A callback is told of all steps, as upstream's is. optimistix would
+                # end a run that is no longer finite; all else is in the state.
+                *_, terminate, _ = carry
+                return ~terminate if self.goes_on_from_nonfinite else cond(carry)
+
+            return jax.lax.while_loop(goes_on, body, init)
 
         return primal_fn((*inputs, while_loop))

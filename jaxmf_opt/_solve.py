@@ -4,24 +4,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
-import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from ._callback import (
-    CallbackArgs,
-    CallbackFnType,
-    Lane,
-    no_callback,
-    parts,
-    traced,
-)
+from ._callback import CallbackFnType, no_callback, parts, traced
 from ._checks import (
     check_callable,
     check_flag,
@@ -33,12 +24,15 @@ from ._checks import (
     check_tolerance,
 )
 from ._implicit import solve_in_program
-from ._minimiser import SolverState, Tolerance
+from ._minimiser import Tolerance
 from ._objective import trace
 from ._optimizer import DEFAULT_OPTIMIZER
-from ._run import Memory, Recipe, Tolerances, compiled, start
+from ._run import Recipe, Tolerances, compiled, going_on, is_of_problem, start
+from ._solution import Solution, throw_failure
+from ._state import SolverState
+from ._stepwise import solve_stepwise
 from ._watch import watch
-from ._x64 import inside_region, is_traced, jax_enable_x64
+from ._x64 import inside_region, is_traced
 
 
 def solve(
@@ -54,13 +48,18 @@ def solve(
     gtol: Tolerance = 0.0,
     linear_solver: lx.AbstractLinearSolver | None = None,
     state: SolverState | Sequence[Array | np.ndarray] | None = None,
-) -> optx.Solution:
+    history: bool = False,
+    throw: bool = False,
+) -> Solution:
     """Minimises a loss, and returns all there is to know about the run.
 
+    Under `jax.jit`, the whole solution can be returned. Under `jax.vmap`, every lane
+    has its own: one that fails takes nothing from the others.
+
     Args:
-      loss_fn: As in `optimize`, like all the arguments here.
+      loss_fn: As in `optimize`, like all the arguments down to `linear_solver`.
       params: The starting point.
-      max_optimizer_steps: The limit of steps.
+      max_optimizer_steps: The limit of steps. To reach it is a status, no exception.
       grad: Whether `loss_fn` returns its gradient too.
       callback: Called after each step.
       optimizer: An optax transformation.
@@ -69,15 +68,51 @@ def solve(
       gtol: Tolerance for the max-norm of the gradient.
       linear_solver: For the linear system of the derivative.
       state: Where to go on: the `state` of a solution of the same problem, or what a
-        `callbacks.Checkpoint` has kept of it. `params` then gives dtypes only.
+        `callbacks.Checkpoint` has kept of it. `params` then gives dtypes only. The
+        steps that follow are those that the earlier run would have taken, to the bit.
+        Whether to stop is decided anew, by this call's tolerances and callback.
+      history: Whether to record each step.
+      throw: Whether to raise if the result is no success. (Inside a compiled program
+        that takes a call to the host.)
 
     Returns:
-      An `optimistix.Solution`. Its `value` has the structure and dtypes of `params`,
-      its `stats` are `num_steps` and `max_steps`, its `state` is a `MinimiserState`.
+      An `optimistix.Solution`:
+
+      * `value`: the last point whose loss is finite (it is the last point, unless the
+        result is `nonfinite`), with the structure and dtypes of `params`.
+      * `result`: an `optimistix.RESULTS`. `successful`: a tolerance was met, a callback
+        asked to stop, the gradient is exactly zero, or the line search of
+        `DEFAULT_OPTIMIZER` can move nothing any more where the gradient is as small as
+        rounding lets one expect. `stagnation`: it can move nothing, and the gradient is
+        larger. `nonlinear_max_steps_reached`. `nonfinite`: the loss, its gradient or
+        the parameters are not finite at the end.
+      * `stats`: `num_steps`, `max_steps`; `loss` and `grad_norm` (the max-norm of the
+        gradient) at `value`; `num_loss_evaluations`, with or without a gradient, and
+        `num_grad_evaluations` (-1 if the optimizer evaluates the loss in a way of its
+        own); with `history`, a `History` of arrays of length `max_optimizer_steps`:
+        `loss` and `grad_norm` where each step started, and `step_size`, the max-norm
+        of what it added to the parameters, NaN for steps that this run has not taken.
+        All are integers and floats of the caller's setting of `jax_enable_x64`.
+      * `state`: a `SolverState`, to go on from. Its floats are float64.
+
+      Only `value` has a derivative.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If an argument has an impossible value.
+      ValueError: If an argument has an impossible value, or if `state` is that of
+        another problem: if `loss_fn` has another value where the state has been. (If
+        values are traced this cannot be raised; the solution is NaN then, and its
+        result `nonfinite`.)
+      equinox.EquinoxRuntimeError: With `throw`, if the result is no success.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda x: jnp.sum(jnp.cosh(x - 1.0))
+      >>> first = solve(loss, jnp.zeros(2), max_optimizer_steps=3)
+      >>> first.stats["num_steps"]
+      Array(3, dtype=int32)
+      >>> solve(loss, jnp.zeros(2), rtol=1e-6, state=first.state).value
+      Array([1., 1.], dtype=float32)
     """
     check_callable("loss_fn", loss_fn)
     check_params(params)
@@ -86,6 +121,8 @@ def solve(
     check_callable("callback", callback)
     check_optimizer(optimizer)
     check_linear_solver(linear_solver)
+    check_flag("history", history)
+    check_flag("throw", throw)
     tolerances = Tolerances(rtol, atol, gtol)
     for name, value in tolerances._asdict().items():
         check_tolerance(name, value)
@@ -104,10 +141,8 @@ def solve(
     first = None
     if state is not None:
         first = check_state(state, state_structs())
-        if tests or callbacks:
-            # Whether to stop is decided anew, by this call's tolerances and callback.
-            stopped = lambda s: s.minimiser.stopped  # noqa: E731
-            first = eqx.tree_at(stopped, first, jnp.array(False))
+        with inside_region():
+            first = going_on(first, decides=tests or bool(callbacks))
     arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
     in_program = is_traced(arrays)
     of_program = [isinstance(c, traced) for c in callbacks]
@@ -122,78 +157,36 @@ def solve(
         optimizer,
         [_caller_dtype(x, in_program) for x in jax.tree.leaves(params)],
         jnp.result_type(int),
+        jnp.result_type(float),
         tests=tests,
+        history=max_steps if history else None,
         watch=None if stepwise else watcher,
     )
-    if stepwise:
-        return _solve_stepwise(
-            recipe, captured, params, max_steps, tolerances, callback, first
-        )
+    if first is not None and not in_program:
+        with jax.enable_x64():
+            _check_problem(recipe, captured, first)
     operands = (params, captured, max_steps, tolerances)
-    if in_program or not recipe.cacheable:
-        return solve_in_program(recipe, *operands, linear_solver, watched, first)
-    with jax.enable_x64():
-        return compiled(recipe).solve(*operands, watched, first)
+    if stepwise:
+        solution = solve_stepwise(recipe, *operands, callback, first)
+    elif in_program or not recipe.cacheable:
+        solution = solve_in_program(recipe, *operands, linear_solver, watched, first)
+    else:
+        with jax.enable_x64():
+            solution = compiled(recipe).solve(*operands, watched, first)
+    return throw_failure(solution) if throw else solution
 
 
-@jax_enable_x64
-def _solve_stepwise(
-    recipe: Recipe,
-    captured: Sequence[Array],
-    params: PyTree,
-    max_steps: int,
-    tolerances: Tolerances,
-    callback: CallbackFnType,
-    first: SolverState | None,
-) -> optx.Solution:
-    """The solve as a Python loop, with the callback called between compiled steps."""
-    program = compiled(recipe)
-    begin = program.start(params) if first is None else first
-    y, opt_state = begin.params, begin.minimiser.opt_state
-    memory, limits = None, None
-    if not tolerances.off:
-        old = begin.minimiser
-        memory = Memory(old.loss, old.grad, old.update)
-        limits = Tolerances(*map(jnp.asarray, tolerances))
-    told, steps, stopped = None, int(begin.minimiser.step), None
-    result = optx.RESULTS.nonlinear_max_steps_reached
-    lane, step = Lane(), program.step
-    for i in range(steps, max_steps):
-        y, opt_state, told, stopped = step(y, opt_state, memory, captured, limits)
-        if limits is not None:
-            memory = told
-            if stopped:
-                result = optx.RESULTS.successful
-                break
-        steps = i + 1
-        info = CallbackArgs(i, told.loss, told.grad, y, opt_state)
-        info.told_by(lane, _state_after, begin, steps, y, opt_state, told)
-        if callback(info):
-            result = optx.RESULTS.successful
-            break
-    end = begin if told is None else _state_after(begin, steps, y, opt_state, told)
-    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(y)):
-        result = optx.RESULTS.nonfinite
-    if stopped is not None:
-        end = eqx.tree_at(lambda s: s.minimiser.stopped, end, stopped)
-    return optx.Solution(
-        value=program.in_dtypes(end.params),
-        result=result,
-        aux=None,
-        stats=recipe.stats(end.minimiser, jnp.asarray(max_steps)),
-        state=end,
-    )
-
-
-def _state_after(
-    begin: SolverState, step: int, y: PyTree, opt_state: PyTree, memory: Memory
-) -> SolverState:
-    """The whole state after a number of steps."""
-    minimiser = memory.put_into(begin.minimiser)
-    with jax.enable_x64():  # a callback may ask for the state in whatever setting
-        step_array = jnp.asarray(step, minimiser.step.dtype)
-    changed = lambda s: (s.step, s.opt_state)  # noqa: E731
-    return SolverState(y, eqx.tree_at(changed, minimiser, (step_array, opt_state)))
+def _check_problem(recipe: Recipe, captured: Sequence[Array], state: Any) -> None:
+    """Refuses the state of another problem."""
+    loss = compiled(recipe).loss if recipe.cacheable else jax.jit(recipe.loss)
+    last = state.minimiser.last_finite
+    there = loss(last.params, captured)
+    if not is_of_problem(state, there):
+        raise ValueError(
+            "`state` must be that of a solve of the same problem; its last loss is "
+            f"{float(last.loss):.12g}, and `loss_fn` is {float(there):.12g} at the "
+            "same point. To start anew from there, give its point as `params`."
+        )
 
 
 def _float64_struct(x: Any) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
 from ._custom_types import Aux, Y
 from ._minimiser import LeanOptaxMinimiser, Tolerance
 from ._optimizer import DEFAULT_OPTIMIZER, optimizer_key
+from ._state import Evaluated
 
 
 def minimiser_for(
@@ -35,6 +36,17 @@ def minimiser_for(
     is_default = optimizer_key(optimizer) == _DEFAULT_KEY
     kind: type[Any] = _DefaultMinimiser if is_default else LeanOptaxMinimiser
     return kind(optimizer, *tolerances)
+
+
+def is_stationary(point: Evaluated) -> Bool[Array, ""]:
+    """Whether a point where a line search has given up is a minimum, as far as known.
+
+    That is, whether its gradient is small compared with the loss: see Dennis and
+    Schnabel, Numerical Methods for Unconstrained Optimization (1983), section 7.2,
+    from where the size of the constant is, too.
+    """
+    scale = jnp.maximum(jnp.abs(point.loss), 1.0)
+    return point.grad_norm <= jnp.finfo(jnp.float64).eps ** (1 / 3) * scale
 
 
 _DEFAULT_KEY = optimizer_key(DEFAULT_OPTIMIZER)

@@ -14,13 +14,13 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optimistix as optx
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._callback import CallbackArgs, CallbackFnType, Lane, combine, parts, traced
 from ._custom_types import Aux, Y
 from ._host_call import Listener, call, close_run, open_run
-from ._minimiser import LeanOptaxMinimiser, MinimiserState, SolverState, Tolerance
+from ._minimiser import LeanOptaxMinimiser, Tolerance
+from ._state import MinimiserState, SolverState
 from ._structure import Structure
 from ._x64 import hoist, inside_region, struct
 
@@ -106,7 +106,16 @@ class Watch(NamedTuple):
         leaves, stop, rest = jax.tree.leaves(info), jnp.array(False), list(captured)
         for program, count in self.programs:
             mine, rest = rest[:count], rest[count:]
-            stop = stop | jex.jaxpr_as_fun(program.jaxpr)(*mine, *leaves)[0]
+            # (Outside of a batch it is not called without a step, if it has effects.)
+            stop = (
+                stop
+                | jax.lax.cond(
+                    active,
+                    jex.jaxpr_as_fun(program.jaxpr),
+                    lambda *_: [jnp.array(False)],
+                    *(*mine, *leaves),
+                )[0]
+            )
         if self.host is not None:
             assert run is not None
             stop = stop | call(self.host, run, jax.tree.leaves(state), active)
@@ -167,19 +176,9 @@ def _checked(fn: traced, treedef: Any) -> Callable[..., Bool[Array, ""]]:
     return stop
 
 
-def with_interrupt(
-    state: MinimiserState[Y, Aux], interrupted: Bool[Array, ""] | None
-) -> MinimiserState[Y, Aux]:
-    """The state with `interrupted` replaced."""
-    return eqx.tree_at(
-        lambda s: s.interrupted, state, interrupted, is_leaf=lambda x: x is None
-    )
-
-
 class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
     """A minimiser that tells a callback of each step, and stops when it says so."""
 
-    limit: Int[Array, ""]
     watch: Watch = eqx.field(static=True)
     run: Int[Array, ""] | None
     captured: Sequence[Array]
@@ -188,7 +187,6 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         self,
         optim: optax.GradientTransformation,
         tolerances: tuple[Tolerance, Tolerance, Tolerance],
-        limit: Int[Array, ""],
         watch: Watch,
         captured: Sequence[Array],
     ):
@@ -197,13 +195,10 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         Args:
           optim: An optax transformation.
           tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
-          limit: The limit of steps. (In a batch, a lane that has reached it is stepped
-            on, in vain, while others run.)
           watch: Who is told.
           captured: The arrays that `watch` needs.
         """
         super().__init__(optim, *tolerances)
-        self.limit = limit
         self.watch = watch
         self.run = None if watch.host is None else open_run(watch.host)
         self.captured = captured
@@ -218,42 +213,17 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         tags: frozenset[object],
     ) -> tuple[Y, MinimiserState[Y, Aux], Aux]:
         """A step, and the callback behind it."""
-        assert state.interrupted is not None
         new_y, new_state, aux = super().step(fn, y, args, options, state, tags)
-        running = (state.step < self.limit) & ~state.stopped & ~state.interrupted
-        moved = running & (new_state.step > state.step)
-        told = SolverState(new_y, with_interrupt(new_state, None))
-        stop = self.watch.stop(self.run, self.captured, told, moved)
+        moved = new_state.step > state.step
+        history = lambda s: s.history  # noqa: E731
+        told = eqx.tree_at(history, new_state, None, is_leaf=lambda x: x is None)
+        stop = self.watch.stop(self.run, self.captured, SolverState(new_y, told), moved)
         interrupted = state.interrupted | (stop & moved)
-        return new_y, with_interrupt(new_state, interrupted), aux
-
-    def terminate(
-        self,
-        fn: Callable[[Y, Any], tuple[Any, Aux]],
-        y: Y,
-        args: PyTree,
-        options: dict[str, Any],
-        state: MinimiserState[Y, Aux],
-        tags: frozenset[object],
-    ) -> tuple[Bool[Array, ""], optx.RESULTS]:
-        """Whether a tolerance is met or a callback has asked to stop."""
-        stopped, result = super().terminate(fn, y, args, options, state, tags)
-        assert state.interrupted is not None
-        return stopped | state.interrupted, result
-
-    def init(
-        self,
-        fn: Callable[[Y, Any], tuple[Any, Aux]],
-        y: Y,
-        args: PyTree,
-        options: dict[str, Any],
-        f_struct: PyTree[jax.ShapeDtypeStruct],
-        aux_struct: PyTree[jax.ShapeDtypeStruct],
-        tags: frozenset[object],
-    ) -> MinimiserState[Y, Aux]:
-        """The state before the first step, with nobody having asked to stop."""
-        state = super().init(fn, y, args, options, f_struct, aux_struct, tags)
-        return with_interrupt(state, jnp.array(False))
+        return (
+            new_y,
+            eqx.tree_at(lambda s: s.interrupted, new_state, interrupted),
+            aux,
+        )
 
     def closed(self, tree: PyTree, state: MinimiserState[Y, Aux]) -> PyTree:
         """Closes the run that ended in a state.
@@ -268,7 +238,6 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         if self.watch.host is None:
             return tree
         assert self.run is not None
-        assert state.interrupted is not None
         done = close_run(self.watch.host, self.run, state.interrupted)
 
         def behind(x: Any) -> Any:

@@ -1,0 +1,113 @@
+"""The explicit state of a solve: pytrees whose leaves are all arrays."""
+
+from typing import Generic, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._custom_types import Aux, Y
+
+
+class Evaluations(NamedTuple):
+    """How often something has been computed.
+
+    Attributes:
+      loss: How often the loss was, with or without its gradient. -1 if that cannot be
+        known, because the optimizer calls the loss in a way of its own.
+      grad: How often its gradient was; -1 likewise.
+    """
+
+    loss: Int[Array, ""]
+    grad: Int[Array, ""]
+
+    def plus(self, both: Int[Array, ""], more: "Evaluations") -> "Evaluations":
+        """The sum of these, some of both, and some more, as far as all are known."""
+
+        def add(n: Array, more: Array) -> Array:
+            return jnp.where((n < 0) | (more < 0), -1, n + both + more).astype(n.dtype)
+
+        return Evaluations(add(self.loss, more.loss), add(self.grad, more.grad))
+
+
+class Evaluated(NamedTuple):
+    """A point that has been evaluated.
+
+    Attributes:
+      params: The point.
+      loss: The loss there; NaN if no point has been evaluated yet.
+      grad_norm: The norm of the gradient there.
+    """
+
+    params: PyTree
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+class History(NamedTuple):
+    """A row for each step; NaN in the rows of steps that were not taken.
+
+    Attributes:
+      loss: The loss where the step started.
+      grad_norm: The max-norm of the gradient there.
+      step_size: The max-norm of the step, of what was added to the parameters.
+    """
+
+    loss: Float[Array, " steps"]
+    grad_norm: Float[Array, " steps"]
+    step_size: Float[Array, " steps"]
+
+
+class MinimiserState(eqx.Module, Generic[Y, Aux]):
+    """The explicit state of a `LeanOptaxMinimiser`. Every leaf is an array.
+
+    Attributes:
+      step: How many steps have been taken.
+      loss: The loss at the last point that was evaluated: the one that the last step
+        started from or, once the run has ended, the one that it led to.
+      grad: The gradient at that point.
+      aux: What the loss returned beside its value at that point.
+      update: The last step itself, the difference of two iterates. None where no
+        tolerance is on: nobody asks for it, and to keep it changes how XLA rounds.
+      loss_before: The loss where that step started; None likewise.
+      opt_state: The state of the optax transformation.
+      stopped: Whether a tolerance has been met, or it is proven that no step can move
+        the point any more: there is no step left to take.
+      interrupted: Whether a callback has asked to stop. What the last step led to is
+        still evaluated.
+      ended: Whether nothing is left to do.
+      first_loss: The loss at the starting point; NaN before it is evaluated.
+      last_finite: The last point whose loss is finite.
+      evaluations: How often loss and gradient have been computed.
+      history: What is recorded of each step, if anything is.
+      reuses_linesearch: Whether `opt_state` ends in a line search that stores value and
+        gradient at the point it accepts.
+    """
+
+    step: Int[Array, ""]
+    loss: Float[Array, ""]
+    grad: Y
+    aux: Aux
+    update: Y | None
+    loss_before: Float[Array, ""] | None
+    opt_state: PyTree
+    stopped: Bool[Array, ""]
+    interrupted: Bool[Array, ""]
+    ended: Bool[Array, ""]
+    first_loss: Float[Array, ""]
+    last_finite: Evaluated
+    evaluations: Evaluations
+    history: History | None
+    reuses_linesearch: bool = eqx.field(static=True)
+
+
+class SolverState(NamedTuple):
+    """All that a solve needs to go on.
+
+    Attributes:
+      params: The current point, float64.
+      minimiser: The state of the minimiser.
+    """
+
+    params: PyTree
+    minimiser: MinimiserState

@@ -1,0 +1,179 @@
+"""A solve as a Python loop, with a callback between compiled steps.
+
+Each array that a compiled step takes or gives costs about as much as a small step has
+to spare. So it gets what it needs; what is only asked for at the end, or by a callback
+that looks at the whole state, is put together here.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from ._callback import CallbackArgs, CallbackFnType, Lane
+from ._run import Recipe, Told, Tolerances, compiled
+from ._solution import Solution
+from ._state import Evaluated, Evaluations, History, SolverState
+from ._x64 import jax_enable_x64
+
+# Above this many parameters a step costs more than to look whether its loss is finite.
+_SMALL = 4096
+
+
+@jax_enable_x64
+def solve_stepwise(
+    recipe: Recipe,
+    params: PyTree,
+    captured: Sequence[Array],
+    max_steps: int,
+    tolerances: Tolerances,
+    callback: CallbackFnType,
+    start: SolverState | None,
+) -> Solution:
+    """The solve, with the callback on the calling thread.
+
+    Args:
+      recipe: What to solve, and how.
+      params: The starting point.
+      captured: What the loss closes over.
+      max_steps: The limit of steps.
+      tolerances: When to stop before it.
+      callback: Called after each step.
+      start: Where to go on, instead of at `params`.
+
+    Returns:
+      The solution, its value in the dtypes of the recipe.
+    """
+    program = compiled(recipe)
+    begin = program.start(params) if start is None else start
+    y, of = begin.params, begin.minimiser
+    opt_state = of.opt_state
+    tally = jnp.stack([jnp.asarray(max_steps - int(of.step)), *of.evaluations])
+    before: tuple[Any, Any] | None = None
+    limits = None
+    if not tolerances.off:
+        before = (of.update, of.loss_before)
+        limits = Tolerances(*map(jnp.asarray, tolerances))
+    record = _Record(begin)
+    rows: list[History] = []
+    lane, step, unseen = Lane(), program.step, record.unseen
+    steps, told, interrupted = int(of.step), None, False
+    while steps < max_steps and not interrupted:
+        at = y
+        y, opt_state, tally, told = step(at, opt_state, tally, before, captured, limits)
+        unseen.append((at, told))
+        if len(unseen) >= record.patience:
+            record.look()
+        if limits is not None:
+            if told.stopped:
+                break
+            before = (told.update, told.loss)
+        steps += 1
+        if told.row is not None:
+            rows.append(told.row)
+        info = CallbackArgs(steps - 1, told.loss, told.grad, y, opt_state)
+        info.told_by(lane, record.state_after, steps, y, opt_state, tally, told)
+        interrupted = bool(callback(info))
+    else:
+        tally = tally.at[0].set(0)
+        _, _, tally, told = step(y, opt_state, tally, before, captured, limits)
+        unseen.append((y, told))
+    end = record.state_after(steps, y, opt_state, tally, told, before)
+    flags = (told.stopped is not None and bool(told.stopped), interrupted, True)
+    end = eqx.tree_at(
+        lambda s: (s.minimiser.stopped, s.minimiser.interrupted, s.minimiser.ended),
+        end,
+        tuple(map(jnp.asarray, flags)),
+    )
+    if told.row is not None:
+        end = eqx.tree_at(
+            lambda s: s.minimiser.history,
+            end,
+            _table(rows, int(of.step), max_steps),
+            is_leaf=lambda x: x is None,
+        )
+    return program.value_and_finish(end, max_steps)
+
+
+class _Record:
+    """What is remembered of the steps, and the whole state made of it.
+
+    Attributes:
+      unseen: Evaluated points at which nobody has looked yet. To look at one waits for
+        it and costs as much as a small step, so it is done for several at a time.
+      patience: For how many.
+    """
+
+    def __init__(self, begin: SolverState):
+        self._begin = begin
+        self._first_loss: Any = None
+        if int(begin.minimiser.step):
+            self._first_loss = begin.minimiser.first_loss
+        self._last_finite = begin.minimiser.last_finite
+        self.unseen: list[tuple[PyTree, Told]] = []
+        size = sum(x.size for x in jax.tree.leaves(begin.params))
+        self.patience = 16 if size <= _SMALL else 1
+
+    def look(self) -> None:
+        """Finds the last finite point."""
+        for y, told in reversed(self.unseen):
+            leaves = map(np.asarray, jax.tree.leaves(y))
+            if math.isfinite(told.loss) and all(np.isfinite(x).all() for x in leaves):
+                self._last_finite = Evaluated(y, told.loss, optx.max_norm(told.grad))
+                break
+        if self._first_loss is None:
+            self._first_loss = self.unseen[0][1].loss
+        self.unseen.clear()
+
+    def state_after(
+        self,
+        steps: int,
+        y: PyTree,
+        opt_state: PyTree,
+        tally: Array,
+        told: Told,
+        before: tuple[Any, Any] | None = None,
+    ) -> SolverState:
+        """The whole state after a number of steps."""
+        with jax.enable_x64():  # a callback may ask for the state in whatever setting
+            if self.unseen:
+                self.look()
+            old = self._begin.minimiser
+            update, loss_before = before or (told.update, told.loss)
+            parts: dict[str, Any] = {
+                "step": jnp.asarray(steps, old.step.dtype),
+                "loss": told.loss,
+                "grad": told.grad,
+                "update": update,
+                "loss_before": None if update is None else loss_before,
+                "opt_state": opt_state,
+                "first_loss": self._first_loss,
+                "last_finite": self._last_finite,
+                "evaluations": Evaluations(tally[1], tally[2]),
+            }
+            return SolverState(
+                y,
+                eqx.tree_at(
+                    lambda s: [getattr(s, name) for name in parts],
+                    old,
+                    list(parts.values()),
+                    is_leaf=lambda x: x is None,
+                ),
+            )
+
+
+def _table(rows: Sequence[History], first: int, length: int) -> History:
+    """The rows of the steps from `first` on."""
+
+    def column(*cells: Any) -> Array:
+        table = np.full(length, np.nan)
+        table[first : first + len(cells)] = np.asarray(jax.device_get(cells)).ravel()
+        return jnp.asarray(table)
+
+    return jax.tree.map(column, *rows) if rows else History(*3 * (column(),))
