@@ -134,7 +134,8 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             update=zeros if self._tests else None,
             loss_before=jnp.array(jnp.inf, dtype) if self._tests else None,
             opt_state=opt_state,
-            stopped=no,
+            converged=no,
+            stalled=no,
             interrupted=no,
             ended=no,
             first_loss=unknown,
@@ -164,10 +165,10 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         here = Evaluated(y, loss, self.norm(grad))
         is_finite = jnp.isfinite(loss) & _all_finite(y)
 
-        stopped = state.stopped
+        converged = state.converged
         if self._tests:
-            stopped = stopped | self._converged(y, state, loss, grad)
-        ended = stopped | state.interrupted
+            converged = converged | self._meets_tolerance(y, state, loss, grad)
+        ended = converged | state.stalled | state.interrupted
         if options.get("limit") is not None:
             ended = ended | (state.step >= options["limit"])
 
@@ -186,7 +187,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             to = move(None)
 
         history, update, loss_before = state.history, None, None
-        if history is not None:
+        if history is not None and history.loss.size:
             row = History(loss, optx.max_norm(grad), optx.max_norm(to.update))
             index = jnp.where(ended, history.loss.size, state.step)
             write = lambda h, x: h.at[index].set(x, mode="drop")  # noqa: E731
@@ -203,7 +204,8 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             update=update,
             loss_before=loss_before,
             opt_state=to.opt_state,
-            stopped=stopped | to.stalled,
+            converged=converged,
+            stalled=state.stalled | to.stalled,
             interrupted=state.interrupted,
             # (What has stalled is still where it was evaluated.)
             ended=ended | to.stalled,
@@ -284,7 +286,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         )
         return *evaluated[1:], missing.astype(int)
 
-    def _converged(
+    def _meets_tolerance(
         self, y: Y, state: MinimiserState[Y, Aux], loss: Scalar, grad: Y
     ) -> Bool[Array, ""]:
         def ratio(difference: Array, of: Array) -> Array:

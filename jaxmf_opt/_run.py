@@ -53,14 +53,14 @@ class Told(NamedTuple):
       loss: The loss where the step started.
       grad: The gradient there.
       update: The step itself, if tolerances are looked at.
-      stopped: Whether a tolerance was met, so that no step was made; likewise.
+      converged: Whether a tolerance was met, so that no step was made; likewise.
       row: What is recorded of the step, of length 1, if anything is.
     """
 
     loss: Float[Array, ""]
     grad: PyTree
     update: PyTree | None
-    stopped: Bool[Array, ""] | None
+    converged: Bool[Array, ""] | None
     row: History | None
 
 
@@ -219,16 +219,16 @@ class Recipe:
           The solution, with a float64 value.
         """
         state = end.minimiser
-        last = state.last_finite
+        last, y = state.last_finite, end.params
         finite = jnp.isfinite(state.loss) & jnp.isfinite(last.grad_norm)
         for x in jax.tree.leaves(end.params):
             finite &= jnp.all(jnp.isfinite(x))
         success = state.interrupted | (last.grad_norm == 0)
-        # Without tolerances it has stopped because it stands still, wherever that is.
-        success |= state.stopped & (self._tests | is_stationary(last))
+        stationary = is_stationary(y, state.loss, state.grad)
+        success |= state.converged | (state.stalled & stationary)
         at_limit: Any = RESULTS.nonlinear_max_steps_reached
         stagnant: Any = RESULTS.stagnation
-        result = RESULTS.where(state.stopped, stagnant, at_limit)
+        result = RESULTS.where(state.stalled, stagnant, at_limit)
         result = RESULTS.where(success, RESULTS.successful, result)
         result = RESULTS.where(finite, result, RESULTS.nonfinite)
         most = jnp.iinfo(self._int_dtype).max
@@ -244,12 +244,18 @@ class Recipe:
         stats = {
             k: jnp.minimum(n, most).astype(self._int_dtype) for k, n in counts.items()
         }
-        stats |= jax.tree.map(lambda x: x.astype(self._float_dtype), floats)
+        stats |= jax.tree.map(self._in_range, floats)
         no_history = lambda s: s.minimiser.history  # noqa: E731
         end = eqx.tree_at(no_history, end, None, is_leaf=lambda x: x is None)
         return Solution(
             value=last.params, result=result, aux=None, stats=stats, state=end
         )
+
+    def _in_range(self, x: Array) -> Array:
+        """In the caller's dtype; a finite number stays one."""
+        most = jnp.finfo(self._float_dtype).max
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
+        return x.astype(self._float_dtype)
 
     def start(self, params: PyTree) -> SolverState:
         """The float64 point and the state before the first step."""
@@ -301,8 +307,8 @@ class Recipe:
             frozenset(),
         )
         tally = jnp.stack([tally[0] - state.step, *state.evaluations])
-        stopped = state.stopped if self._tests else None
-        told = Told(state.loss, state.grad, state.update, stopped, state.history)
+        converged = state.converged if self._tests else None
+        told = Told(state.loss, state.grad, state.update, converged, state.history)
         return y, state.opt_state, tally, told
 
     def value_and_finish(
@@ -362,19 +368,21 @@ def going_on(state: SolverState, *, decides: bool) -> SolverState:
       The state with its flags reset.
     """
     old = state.minimiser
-    stopped = jnp.array(False) if decides else old.stopped
+    no = jnp.array(False)
+    converged, stalled = (no, no) if decides else (old.converged, old.stalled)
     # A run evaluates the point at which it ends. This one begins with that evaluation.
     again = jnp.array(1)
     known = stored(old.opt_state, state.params) if old.reuses_linesearch else None
     if known is not None:
         again = jnp.where(jnp.isfinite(known.value), 0, 1)
-    is_stalled = old.stopped if old.update is None else jnp.array(False)
-    again = jnp.where(old.ended & ~is_stalled, again, 0)
+    again = jnp.where(old.ended & ~old.stalled, again, 0)
     evaluations = Evaluations(
         *(jnp.where(n > 0, n - again, n) for n in old.evaluations)
     )
-    parts = lambda s: (s.stopped, s.interrupted, s.ended, s.evaluations)  # noqa: E731
-    new_parts = (stopped, jnp.array(False), stopped, evaluations)
+    parts = lambda s: (  # noqa: E731
+        *(s.converged, s.stalled, s.interrupted, s.ended, s.evaluations),
+    )
+    new_parts = (converged, stalled, no, converged | stalled, evaluations)
     return SolverState(state.params, eqx.tree_at(parts, old, new_parts))
 
 

@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
 from ._custom_types import Aux, Y
 from ._minimiser import LeanOptaxMinimiser, Tolerance
 from ._optimizer import DEFAULT_OPTIMIZER, optimizer_key
-from ._state import Evaluated
 
 
 def minimiser_for(
@@ -38,16 +37,31 @@ def minimiser_for(
     return kind(optimizer, *tolerances)
 
 
-def is_stationary(point: Evaluated) -> Bool[Array, ""]:
+def is_stationary(y: PyTree, loss: Scalar, grad: PyTree) -> Bool[Array, ""]:
     """Whether a point where a line search has given up is a minimum, as far as known.
 
-    That is, whether its gradient is small compared with the loss: see Dennis and
-    Schnabel, Numerical Methods for Unconstrained Optimization (1983), section 7.2,
-    from where the size of the constant is, too.
-    """
-    scale = jnp.maximum(jnp.abs(point.loss), 1.0)
-    return point.grad_norm <= jnp.finfo(jnp.float64).eps ** (1 / 3) * scale
+    Its gradient must be small, relatively to loss and parameters: Dennis and Schnabel,
+    Numerical Methods for Unconstrained Optimization (1983), section 7.2, from where
+    the size of the constant is, too.
 
+    Args:
+      y: The point.
+      loss: The loss there.
+      grad: The gradient there.
+
+    Returns:
+      A boolean scalar.
+    """
+
+    def relative(g: Array, x: Array) -> Array:
+        return jnp.abs(g) * jnp.maximum(jnp.abs(x), 1.0)
+
+    size = optx.max_norm(jax.tree.map(relative, grad, y))
+    return size <= _SMALL * jnp.maximum(jnp.abs(loss), 1.0)
+
+
+# The cube root of the precision of float64.
+_SMALL = 2.0 ** (-52 / 3)
 
 _DEFAULT_KEY = optimizer_key(DEFAULT_OPTIMIZER)
 
@@ -67,8 +81,9 @@ class _DefaultMinimiser(LeanOptaxMinimiser[Y, Aux]):
         value that the last search found at `y`. Where this is not below `loss`, none of
         them is a sufficient decrease: the search fails, and leaves the same situation
         with a smaller step size. (Once the demanded decrease underflows, a trial may
-        be accepted, but at step sizes that change nothing either.) And from a gradient
-        of exactly 0 no direction leads anywhere.
+        be accepted, but at step sizes that change nothing either.) From a gradient of
+        exactly 0 no direction leads anywhere. And where all trials were non-finite the
+        search leaves the step size 0, which no later one makes larger.
         """
         linesearch: optax.ScaleByBacktrackingLinesearchState = opt_state[-1]
         next_size = 1.5 * linesearch.learning_rate
@@ -80,7 +95,9 @@ class _DefaultMinimiser(LeanOptaxMinimiser[Y, Aux]):
             & (demanded > 1e-280)
         )
         stationary = optx.max_norm(grad) == 0
-        return _changes_nothing(y, update) & (search_fails | stationary)
+        no_size = (linesearch.learning_rate == 0) & jnp.isfinite(optx.max_norm(grad))
+        never_moves = search_fails | stationary | no_size
+        return _changes_nothing(y, update) & never_moves
 
 
 def _changes_nothing(y: PyTree, update: PyTree) -> Bool[Array, ""]:

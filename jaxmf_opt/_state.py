@@ -71,8 +71,8 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
         tolerance is on: nobody asks for it, and to keep it changes how XLA rounds.
       loss_before: The loss where that step started; None likewise.
       opt_state: The state of the optax transformation.
-      stopped: Whether a tolerance has been met, or it is proven that no step can move
-        the point any more: there is no step left to take.
+      converged: Whether a tolerance has been met.
+      stalled: Whether it is proven that no step can move the point any more.
       interrupted: Whether a callback has asked to stop. What the last step led to is
         still evaluated.
       ended: Whether nothing is left to do.
@@ -91,7 +91,8 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
     update: Y | None
     loss_before: Float[Array, ""] | None
     opt_state: PyTree
-    stopped: Bool[Array, ""]
+    converged: Bool[Array, ""]
+    stalled: Bool[Array, ""]
     interrupted: Bool[Array, ""]
     ended: Bool[Array, ""]
     first_loss: Float[Array, ""]

@@ -71,7 +71,7 @@ def solve_stepwise(
         if len(unseen) >= record.patience:
             record.look()
         if limits is not None:
-            if told.stopped:
+            if told.converged:
                 break
             before = (told.update, told.loss)
         steps += 1
@@ -85,9 +85,9 @@ def solve_stepwise(
         _, _, tally, told = step(y, opt_state, tally, before, captured, limits)
         unseen.append((y, told))
     end = record.state_after(steps, y, opt_state, tally, told, before)
-    flags = (told.stopped is not None and bool(told.stopped), interrupted, True)
+    flags = (told.converged is not None and bool(told.converged), interrupted, True)
     end = eqx.tree_at(
-        lambda s: (s.minimiser.stopped, s.minimiser.interrupted, s.minimiser.ended),
+        lambda s: (s.minimiser.converged, s.minimiser.interrupted, s.minimiser.ended),
         end,
         tuple(map(jnp.asarray, flags)),
     )

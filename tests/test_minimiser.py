@@ -204,7 +204,7 @@ def test_stops_before_the_line_search():
     new_y, new_state = step(y, state)
     chex.assert_trees_all_equal(new_y, y)
     chex.assert_trees_all_equal(new_state.opt_state, state.opt_state)
-    assert new_state.stopped
+    assert new_state.converged
     assert new_state.step == 0
     assert counted.during(lambda: step(y, state)) == 1
 

@@ -132,6 +132,58 @@ def _state_of(
     return minimum(c, steps, state, **options, **more).state
 
 
+class TestAnotherProblem:
+    """A state from elsewhere is refused, not gone on from."""
+
+    def test_other_values_in_the_loss(self):
+        state = minimum(ROWS[0], 4).state
+        for more in ({}, {"callback": lambda _: None}, {"optimizer": adam_with(0.1)}):
+            state = minimum(ROWS[0], 4, **more).state
+            with pytest.raises(ValueError, match=r"`state` .* the same problem"):
+                minimum(ROWS[1], 9, state, **more)
+
+    def test_another_loss(self):
+        state = solve(lambda y: jnp.sum((y - 1) ** 2), np.zeros(2)).state
+        with pytest.raises(ValueError, match=r"`state` .* its last loss is 0"):
+            solve(lambda y: jnp.sum((y - 1.001) ** 2), np.zeros(2), state=state)
+
+    def test_another_shape_or_optimizer(self):
+        state = minimum(ROWS[0], 4).state
+        with pytest.raises(ValueError, match="`state` must be that of a solve"):
+            solve(lambda y: jnp.sum(y**2), np.zeros(3), state=state)
+        with pytest.raises(ValueError, match="`state` must be that of a solve"):
+            minimum(ROWS[0], 9, state, optimizer=optax.adam(0.1))
+
+    def test_in_a_program_it_gives_nan(self):
+        state = minimum(ROWS[0], 4).state
+        go_on = jax.jit(jax.vmap(lambda c: minimum(c, 9, state)))
+        batch = go_on(ROWS)
+        finite = np.isfinite(batch.value).all(axis=1)
+        np.testing.assert_array_equal(finite, [True, False, False])
+        failed = jax.tree.map(lambda x: x[1], batch.result)
+        assert failed == optx.RESULTS.nonfinite
+        np.testing.assert_allclose(batch.value[0], minimum(ROWS[0], 9).value, rtol=1e-6)
+
+    @pytest.mark.parametrize("scale", [1.0, 1e-8, 1e12])
+    def test_rounding_is_no_other_problem(self, scale: float):
+        """Another program for the same loss, at a minimum where digits cancel."""
+        a, b = np.linspace(1, 2, 12).reshape(4, 3), np.arange(4.0)
+
+        def residuals(y: jax.Array) -> jax.Array:
+            return scale * jnp.sum((a @ y - b) ** 2)
+
+        def expanded(y: jax.Array) -> jax.Array:
+            return scale * (y @ (a.T @ a) @ y - 2 * (a.T @ b) @ y + b @ b)
+
+        state = solve(residuals, np.zeros(3)).state
+        assert solve(expanded, np.zeros(3), state=state).stats["num_steps"] >= 1
+
+
+def adam_with(rate: float) -> optax.GradientTransformation:
+    """One that cannot be compared with others."""
+    return optax.adam(lambda _: rate)
+
+
 class TestSolution:
     def test_value_is_the_parameters_in_their_own_dtypes(self):
         solution = minimum(ROWS[0], 50)
