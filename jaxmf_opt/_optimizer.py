@@ -18,7 +18,9 @@ DEFAULT_OPTIMIZER = optax.lbfgs(
 
 # Libraries whose functions compute what their code says and what they close over. A
 # function from elsewhere may read globals that its owner rebinds.
-_LIBRARIES = frozenset({"optax", "jax", "jaxlib", "chex", "equinox", "functools"})
+_LIBRARIES = frozenset(
+    {"optax", "jax", "jaxlib", "chex", "equinox", "functools", "jaxmf_opt"}
+)
 
 _ATOMS = (types.BuiltinFunctionType, type(jax.jit(len)), type(jnp.add))
 

@@ -7,7 +7,7 @@ leave them out, provided that they would not have changed a bit of the result.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
 from ._custom_types import Aux, Y
 from ._minimiser import LeanOptaxMinimiser, Tolerance
 from ._optimizer import DEFAULT_OPTIMIZER, optimizer_key
+from .robust import RobustOptimizer
 
 
 def minimiser_for(
@@ -32,8 +33,11 @@ def minimiser_for(
     Returns:
       A `LeanOptaxMinimiser`.
     """
-    is_default = optimizer_key(optimizer) == _DEFAULT_KEY
-    kind: type[Any] = _DefaultMinimiser if is_default else LeanOptaxMinimiser
+    kind: type[Any] = LeanOptaxMinimiser
+    if isinstance(optimizer, RobustOptimizer):
+        kind = _RobustMinimiser
+    elif optimizer_key(optimizer) == _DEFAULT_KEY:
+        kind = _DefaultMinimiser
     return kind(optimizer, *tolerances)
 
 
@@ -98,6 +102,16 @@ class _DefaultMinimiser(LeanOptaxMinimiser[Y, Aux]):
         no_size = (linesearch.learning_rate == 0) & jnp.isfinite(optx.max_norm(grad))
         never_moves = search_fails | stationary | no_size
         return _changes_nothing(y, update) & never_moves
+
+
+class _RobustMinimiser(LeanOptaxMinimiser[Y, Aux]):
+    """The minimiser for a `RobustOptimizer`, which knows when it stands still."""
+
+    def _stalled(
+        self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: Any
+    ) -> Bool[Array, ""]:
+        del y, loss, grad
+        return cast(RobustOptimizer, self.optim).stands_still(opt_state, update)
 
 
 def _changes_nothing(y: PyTree, update: PyTree) -> Bool[Array, ""]:

@@ -12,7 +12,7 @@ import optax
 import optimistix as optx
 import pytest
 
-from jaxmf_opt import History, Solution, callbacks, solve, traced
+from jaxmf_opt import ROBUST_OPTIMIZER, History, Solution, callbacks, solve, traced
 
 R = optx.RESULTS
 ROWS = np.array([[0.25, 1.0, -0.5], [2.0, 0.5, 0.0]])
@@ -78,6 +78,10 @@ class TestStats:
         assert float(solution.state.minimiser.loss) < -1e299
 
 
+def _is_even(step: Any, **_: Any) -> Any:
+    return step % 2 == 0
+
+
 OPTIMIZERS: dict[str, Any] = {
     "default": {},
     "zoom": {"optimizer": ZOOM},
@@ -90,7 +94,7 @@ OPTIMIZERS: dict[str, Any] = {
     "scaled behind the search": {"optimizer": optax.chain(ZOOM, optax.scale(0.5))},
     "adam": {"optimizer": optax.adam(0.1)},
     "every other step": {
-        "optimizer": optax.conditionally_mask(ZOOM, lambda step: step % 2 == 0),
+        "optimizer": optax.conditionally_mask(ZOOM, _is_even),
     },
     "a tolerance": {"gtol": 1e-3},
 }
@@ -124,14 +128,13 @@ class TestEvaluations:
                 assert batch[name][i] == single[name]
 
     def test_unknown_where_the_optimizer_searches_by_itself(self):
-        def update(updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             half = jax.tree.map(lambda g: -0.1 * g, updates)
             lower = extra["value_fn"](params + half) < extra["value"]
             return jnp.where(lower, half, 0.5 * half), state
 
-        own = optax.GradientTransformationExtraArgs(
-            lambda _: optax.EmptyState(), update
-        )
+        make: Any = optax.GradientTransformationExtraArgs
+        own = make(lambda _: optax.EmptyState(), update)
         for callback in ("none", "host"):
             stats = minimum(ROWS[0], optimizer=own, **CALLBACKS[callback]).stats
             assert stats["num_loss_evaluations"] == stats["num_grad_evaluations"] == -1
@@ -156,7 +159,7 @@ class TestHistory:
         (record,) = recorder.records
         assert 2 < n == len(record.loss) < 9
         steps = np.abs(np.diff(points, axis=0)).max(axis=1)
-        want = History(record.loss, record.grad_norm, steps)
+        want = (record.loss, record.grad_norm, steps)
         for got, column in zip(history, want, strict=True):
             assert got.shape == (9,)
             np.testing.assert_allclose(got[:n], column, rtol=1e-9)
@@ -186,47 +189,56 @@ class TestHistory:
 class Case:
     """A loss of two parameters, from where, and how a solve of it has to end."""
 
-    def __init__(self, loss: Callable[[Any], Any], start: float, *results: R):
+    def __init__(self, loss: Callable[[Any], Any], start: float, *results: Any):
         self.loss, self.start, self.results = loss, np.full(2, start), results
 
 
 LIMIT, NONFINITE, OK = R.nonlinear_max_steps_reached, R.nonfinite, R.successful
 STUCK = R.stagnation
-# By the default optimizer; by a zoom search; by gradient descent with a fixed step.
+# By the default optimizer, a zoom search, gradient descent with a fixed step, and the
+# robust optimizer.
 HARD = {
-    "minimum": Case(lambda y: jnp.cosh(y - 1).sum(), 0.0, OK, OK, LIMIT),
-    "minimum at the start": Case(lambda y: (y**2).sum(), 0.0, OK, OK, OK),
-    "flat": Case(lambda y: 0.0 * y.sum() + 3, 1.0, OK, OK, OK),
-    "unbounded, slowly": Case(lambda y: y.sum(), 1.0, LIMIT, LIMIT, LIMIT),
-    "unbounded, fast": Case(lambda y: -jnp.exp(y).sum(), 1.0, LIMIT, NONFINITE, None),
+    "minimum": Case(lambda y: jnp.cosh(y - 1).sum(), 0.0, OK, OK, LIMIT, OK),
+    "minimum at the start": Case(lambda y: (y**2).sum(), 0.0, OK, OK, OK, OK),
+    "flat": Case(lambda y: 0.0 * y.sum() + 3, 1.0, OK, OK, OK, OK),
+    "unbounded, slowly": Case(lambda y: y.sum(), 1.0, LIMIT, LIMIT, LIMIT, LIMIT),
+    "unbounded, fast": Case(
+        lambda y: -jnp.exp(y).sum(), 1.0, LIMIT, NONFINITE, None, STUCK
+    ),
     "NaN everywhere": Case(
-        lambda y: jnp.log(-1 - y**2).sum(), 1.0, NONFINITE, NONFINITE, NONFINITE
+        lambda y: jnp.log(-1 - y**2).sum(),
+        1.0,
+        NONFINITE,
+        NONFINITE,
+        NONFINITE,
+        NONFINITE,
     ),
-    "infinite at the start": Case(
-        lambda y: (1 / y).sum(), 0.0, NONFINITE, NONFINITE, NONFINITE
-    ),
+    "infinite at the start": Case(lambda y: (1 / y).sum(), 0.0, *[NONFINITE] * 4),
     "steps out of its domain": Case(
-        lambda y: (y - 1e-3 * jnp.log(y)).sum(), 1.0, OK, OK, NONFINITE
+        lambda y: (y - 1e-3 * jnp.log(y)).sum(), 1.0, OK, OK, NONFINITE, OK
     ),
     "gradients of 1e300": Case(
-        lambda y: 1e300 * ((y - 0.25) ** 2).sum(), 1.0, STUCK, LIMIT, NONFINITE
+        lambda y: 1e300 * ((y - 0.25) ** 2).sum(), 1.0, STUCK, LIMIT, NONFINITE, STUCK
     ),
     "too steep": Case(
         lambda y: 1e6 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2,
         -1.2,
-        *(STUCK, LIMIT, NONFINITE),
+        *(STUCK, LIMIT, NONFINITE, OK),
     ),
 }
 SOLVERS: list[dict[str, Any]] = [
     {},
     {"optimizer": ZOOM},
     {"optimizer": optax.sgd(0.25)},
+    {"optimizer": ROBUST_OPTIMIZER},
 ]
 
 
 class TestResult:
     @pytest.mark.parametrize("name", HARD)
-    @pytest.mark.parametrize("solver", [0, 1, 2], ids=["default", "zoom", "descent"])
+    @pytest.mark.parametrize(
+        "solver", range(4), ids=["default", "zoom", "descent", "robust"]
+    )
     def test_status_and_finite_value(self, name: str, solver: int):
         case = HARD[name]
         solution = solve(case.loss, case.start, **SOLVERS[solver])
