@@ -356,20 +356,21 @@ def start(
     return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
 
 
-def going_on(state: SolverState, *, decides: bool) -> SolverState:
+def going_on(state: SolverState, *, tests: bool, is_seen: bool) -> SolverState:
     """A state to go on from.
 
     Args:
       state: The state in which a run has ended.
-      decides: Whether there are tolerances or callbacks by which this run decides anew
-        whether to stop.
+      tests: Whether there are tolerances. A tolerance that was met is tested anew.
+      is_seen: Whether there are callbacks. They see steps that change nothing, too.
 
     Returns:
       The state with its flags reset.
     """
     old = state.minimiser
     no = jnp.array(False)
-    converged, stalled = (no, no) if decides else (old.converged, old.stalled)
+    converged = no if tests or is_seen else old.converged
+    stalled = no if is_seen else old.stalled
     # A run evaluates the point at which it ends. This one begins with that evaluation.
     again = jnp.array(1)
     known = stored(old.opt_state, state.params) if old.reuses_linesearch else None

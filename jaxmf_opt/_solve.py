@@ -142,7 +142,7 @@ def solve(
     if state is not None:
         first = check_state(state, state_structs())
         with inside_region():
-            first = going_on(first, decides=tests or bool(callbacks))
+            first = going_on(first, tests=tests, is_seen=bool(callbacks))
     arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
     in_program = is_traced(arrays)
     of_program = [isinstance(c, traced) for c in callbacks]

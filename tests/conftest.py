@@ -1,5 +1,9 @@
 """Settings for the whole suite."""
 
+import os
+import shutil
+import tempfile
+
 import hypothesis
 import jax
 import pytest
@@ -15,3 +19,23 @@ def x64(request: pytest.FixtureRequest):
     """Runs a test in a float32 program and again in a float64 program."""
     with jax.enable_x64(request.param):
         yield request.param
+
+
+# Many tests compile what others have compiled, in other processes too. JAX's cache of
+# compiled programs is theirs for one run of the suite.
+_CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def pytest_configure(config: pytest.Config):
+    if hasattr(config, "workerinput"):  # the environment of the first process is ours
+        return
+    os.environ.update(_CACHE)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp()
+    config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
