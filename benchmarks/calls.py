@@ -3,6 +3,7 @@
 Ratios are ours / upstream's, each measured in pairs in one run: medians over the pairs.
 
 * cold: the first call in a fresh process (JAX itself is warmed up before).
+* cold, cached: the same, where an earlier process has filled JAX's persistent cache.
 * repeated: the same call again, eager, with the same loss function.
 * other array: again, with a fresh closure over another array.
 * jitted: our solve under `jax.jit`, compiled before, against upstream's repeated call.
@@ -12,9 +13,11 @@ Ratios are ours / upstream's, each measured in pairs in one run: medians over th
 import functools
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,10 +51,16 @@ def _cold(who: str, n: int, bands: int) -> float:
     return _seconds(lambda: OPTIMIZE[who](loss, params))
 
 
-def _cold_in_fresh_process(who: str, n: int, bands: int) -> float:
+def _cold_in_fresh_process(who: str, n: int, bands: int, cache: str = "") -> float:
     command = [sys.executable, "-m", "benchmarks.calls", who, str(n), str(bands)]
-    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    return json.loads(out)
+    environment = dict(os.environ)
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = cache
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    out = subprocess.run(
+        command, capture_output=True, check=True, text=True, env=environment
+    )
+    return json.loads(out.stdout)
 
 
 def _ratio(call: Callable[[str], float]) -> str:
@@ -102,14 +111,22 @@ def _measure(n: int, bands: int) -> None:
     def warm(who: str) -> float:
         return _seconds(lambda: jitted(params)) if who == "ours" else repeated(who)
 
-    print("  cold       ", _ratio(cold))
+    print("  cold        ", _ratio(cold))
+    with tempfile.TemporaryDirectory() as cache:
+
+        def cached(who: str) -> float:
+            return _cold_in_fresh_process(who, n, bands, cache)
+
+        for who in OPTIMIZE:
+            cached(who)
+        print("  cold, cached", _ratio(cached))
     for name, call in {
         "repeated": repeated,
         "other array": other_array,
         "jitted": warm,
     }.items():
         call("ours")
-        print(f"  {name:11}", _ratio(call))
+        print(f"  {name:12}", _ratio(call))
     print(
         f"  evaluations: upstream {_evaluations('upstream', n, bands)}, "
         f"ours {_evaluations('ours', n, bands)}, "
