@@ -122,16 +122,19 @@ def check_linear_solver(linear_solver: Any) -> None:
         )
 
 
-def check_state(state: Any, like: PyTree) -> PyTree:
+def check_state(state: Any, like: PyTree, or_like: PyTree) -> PyTree:
     """Puts a state to go on from in order; refuses that of another problem.
 
     Args:
       state: The state of a solution, or its leaves.
       like: The `jax.ShapeDtypeStruct`s of such a state.
+      or_like: The same of another kind that will do; the numbers of leaves differ.
 
     Returns:
-      The leaves of `state` in the structure of `like`.
+      The leaves of `state` in the structure of one of the two.
     """
+    if len(jax.tree.leaves(state)) == len(jax.tree.leaves(or_like)):
+        like = or_like
     want, treedef = jax.tree.flatten(like)
     got = jax.tree.leaves(state)
     if len(got) == len(want):
@@ -142,8 +145,8 @@ def check_state(state: Any, like: PyTree) -> PyTree:
 
     if [describe(x) for x in got] != [describe(x) for x in want]:
         raise ValueError(
-            "`state` must be that of a solve of the same problem, with the same kinds "
-            f"of tolerances: {len(want)} arrays {', '.join(map(describe, want))}; got "
+            "`state` must be that of a solve of the same problem, by the same kind of "
+            f"optimizer: {len(want)} arrays {', '.join(map(describe, want))}; got "
             f"{len(got)}: {', '.join(map(describe, got))}."
         )
     return jax.tree.unflatten(treedef, got)

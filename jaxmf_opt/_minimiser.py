@@ -162,7 +162,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             loss_this_step=("Loss on this step", loss),
             y=("y", y),
         )
-        here = Evaluated(y, loss, self.norm(grad))
+        here = Evaluated(y, loss, self.norm(grad).astype(loss.dtype))
         is_finite = jnp.isfinite(loss) & _all_finite(y)
 
         converged = state.converged

@@ -79,7 +79,8 @@ def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
         case jax.Array() | np.ndarray() | np.generic():
             data: Any = part
             if jnp.issubdtype(data.dtype, jax.dtypes.prng_key):
-                data = jax.random.key_data(data)
+                with jax.ensure_compile_time_eval():
+                    data = jax.random.key_data(data)
             a = np.asarray(data)
             return (type(part), part.dtype, a.shape, a.dtype, a.tobytes())
     if isinstance(part, _ATOMS) and _from_library(part):

@@ -21,7 +21,7 @@ from ._minimiser import LeanOptaxMinimiser, Tolerance
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._solution import Solution
-from ._stall import is_stationary, minimiser_for
+from ._stall import is_stationary, minimiser_for, proves_for_all
 from ._state import Evaluations, History, MinimiserState, SolverState
 from ._structure import CACHE_SIZE
 from ._watch import Watch, WatchedMinimiser
@@ -356,21 +356,29 @@ def start(
     return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
 
 
-def going_on(state: SolverState, *, tests: bool, is_seen: bool) -> SolverState:
+def going_on(
+    state: SolverState,
+    optimizer: optax.GradientTransformation,
+    *,
+    tests: bool,
+    is_seen: bool,
+) -> SolverState:
     """A state to go on from.
 
     Args:
       state: The state in which a run has ended.
-      tests: Whether there are tolerances. A tolerance that was met is tested anew.
+      optimizer: By which to go on.
+      tests: Whether there are tolerances. The state may be of a run without, and the
+        other way round.
       is_seen: Whether there are callbacks. They see steps that change nothing, too.
 
     Returns:
-      The state with its flags reset.
+      The state, ready for a run that decides by itself when to stop.
     """
     old = state.minimiser
     no = jnp.array(False)
-    converged = no if tests or is_seen else old.converged
-    stalled = no if is_seen else old.stalled
+    # It stands still by one optimizer, of which a state shows the shapes only.
+    stalled = old.stalled if proves_for_all(optimizer) and not is_seen else no
     # A run evaluates the point at which it ends. This one begins with that evaluation.
     again = jnp.array(1)
     known = stored(old.opt_state, state.params) if old.reuses_linesearch else None
@@ -380,11 +388,19 @@ def going_on(state: SolverState, *, tests: bool, is_seen: bool) -> SolverState:
     evaluations = Evaluations(
         *(jnp.where(n > 0, n - again, n) for n in old.evaluations)
     )
+    update, loss_before = None, None
+    if tests:
+        update, loss_before = old.update, old.loss_before
+        if update is None:  # as if there had been no step: so says no test by it
+            update = jax.tree.map(jnp.zeros_like, state.params)
+            loss_before = jnp.full_like(old.loss, jnp.inf)
     parts = lambda s: (  # noqa: E731
-        *(s.converged, s.stalled, s.interrupted, s.ended, s.evaluations),
+        *(s.converged, s.stalled, s.interrupted, s.ended),
+        *(s.evaluations, s.update, s.loss_before),
     )
-    new_parts = (converged, stalled, no, converged | stalled, evaluations)
-    return SolverState(state.params, eqx.tree_at(parts, old, new_parts))
+    new_parts = (no, stalled, no, stalled, evaluations, update, loss_before)
+    minimiser = eqx.tree_at(parts, old, new_parts, is_leaf=lambda x: x is None)
+    return SolverState(state.params, minimiser)
 
 
 def is_of_problem(state: SolverState, loss: Float[Array, ""]) -> Bool[Array, ""]:

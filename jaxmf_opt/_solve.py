@@ -70,7 +70,8 @@ def solve(
       state: Where to go on: the `state` of a solution of the same problem, or what a
         `callbacks.Checkpoint` has kept of it. `params` then gives dtypes only. The
         steps that follow are those that the earlier run would have taken, to the bit.
-        Whether to stop is decided anew, by this call's tolerances and callback.
+        Whether to stop is decided anew, by this call's tolerances and callback; a
+        state of a run with tolerances will do without, and the other way round.
       history: Whether to record each step.
       throw: Whether to raise if the result is no success. (Inside a compiled program
         that takes a call to the host.)
@@ -132,7 +133,7 @@ def solve(
     captured = objective.captured
     tests = not tolerances.off
 
-    def state_structs() -> SolverState:
+    def state_structs(tests: bool = tests) -> SolverState:
         with inside_region():
             of_state = functools.partial(start, optimizer, tests=tests)
             return jax.eval_shape(of_state, structs)
@@ -140,9 +141,9 @@ def solve(
     callbacks = parts(callback)
     first = None
     if state is not None:
-        first = check_state(state, state_structs())
+        first = check_state(state, state_structs(), state_structs(not tests))
         with inside_region():
-            first = going_on(first, tests=tests, is_seen=bool(callbacks))
+            first = going_on(first, optimizer, tests=tests, is_seen=bool(callbacks))
     arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
     in_program = is_traced(arrays)
     of_program = [isinstance(c, traced) for c in callbacks]

@@ -78,13 +78,13 @@ def solve_stepwise(
         if told.row is not None:
             rows.append(told.row)
         info = CallbackArgs(steps - 1, told.loss, told.grad, y, opt_state)
-        info.told_by(lane, record.state_after, steps, y, opt_state, tally, told)
+        info.told_by(lane, record.state_after, steps, at, y, opt_state, tally, told)
         interrupted = bool(callback(info))
     else:
         tally = tally.at[0].set(0)
         _, _, tally, told = step(y, opt_state, tally, before, captured, limits)
         unseen.append((y, told))
-    end = record.state_after(steps, y, opt_state, tally, told, before)
+    end = record.state_after(steps, y, y, opt_state, tally, told, before)
     flags = (told.converged is not None and bool(told.converged), interrupted, True)
     end = eqx.tree_at(
         lambda s: (s.minimiser.converged, s.minimiser.interrupted, s.minimiser.ended),
@@ -123,9 +123,8 @@ class _Record:
     def look(self) -> None:
         """Finds the last finite point."""
         for y, told in reversed(self.unseen):
-            leaves = map(np.asarray, jax.tree.leaves(y))
-            if math.isfinite(told.loss) and all(np.isfinite(x).all() for x in leaves):
-                self._last_finite = Evaluated(y, told.loss, optx.max_norm(told.grad))
+            if found := _if_finite(y, told):
+                self._last_finite = found
                 break
         if self._first_loss is None:
             self._first_loss = self.unseen[0][1].loss
@@ -134,16 +133,31 @@ class _Record:
     def state_after(
         self,
         steps: int,
+        at: PyTree,
         y: PyTree,
         opt_state: PyTree,
         tally: Array,
         told: Told,
         before: tuple[Any, Any] | None = None,
     ) -> SolverState:
-        """The whole state after a number of steps."""
+        """The whole state after a number of steps, whenever it is asked for.
+
+        Args:
+          steps: The number.
+          at: The point that was evaluated last.
+          y: The point that it led to.
+          opt_state: The state of the optax transformation.
+          tally: The counts.
+          told: What was told of the step.
+          before: The step and the loss before it; None for those that were told.
+
+        Returns:
+          The state.
+        """
         with jax.enable_x64():  # a callback may ask for the state in whatever setting
             if self.unseen:
                 self.look()
+            last_finite = _if_finite(at, told) or self._last_finite
             old = self._begin.minimiser
             update, loss_before = before or (told.update, told.loss)
             parts: dict[str, Any] = {
@@ -154,7 +168,7 @@ class _Record:
                 "loss_before": None if update is None else loss_before,
                 "opt_state": opt_state,
                 "first_loss": self._first_loss,
-                "last_finite": self._last_finite,
+                "last_finite": last_finite,
                 "evaluations": Evaluations(tally[1], tally[2]),
             }
             return SolverState(
@@ -166,6 +180,13 @@ class _Record:
                     is_leaf=lambda x: x is None,
                 ),
             )
+
+
+def _if_finite(y: PyTree, told: Told) -> Evaluated | None:
+    leaves = map(np.asarray, jax.tree.leaves(y))
+    if not (math.isfinite(told.loss) and all(np.isfinite(x).all() for x in leaves)):
+        return None
+    return Evaluated(y, told.loss, optx.max_norm(told.grad))
 
 
 def _table(rows: Sequence[History], first: int, length: int) -> History:

@@ -140,6 +140,16 @@ class TestEvaluations:
             assert stats["num_loss_evaluations"] == stats["num_grad_evaluations"] == -1
 
 
+def test_a_state_that_is_asked_for_late():
+    """It is that after its step, whatever has happened since."""
+    states: list[Any] = []
+    minimum(ROWS[0], callback=lambda info: states.append(info.solver_state))
+    late: list[Any] = []
+    minimum(ROWS[0], callback=late.append)
+    for info, state in zip(late, states, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, info.solver_state, state)
+
+
 class TestHistory:
     @pytest.mark.parametrize("callback", CALLBACKS)
     @pytest.mark.parametrize("way", WAYS)

@@ -1,6 +1,11 @@
 """The whole answer of a solve, and going on from it."""
 
+import doctest
 import functools
+import importlib
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +16,7 @@ import optax
 import optimistix as optx
 import pytest
 
-from jaxmf_opt import SolverState, solve
+from jaxmf_opt import SolverState, optimize, robust, solve
 
 ROWS = np.array([[0.25, 1.0], [2.0, 0.5], [-1.0, 3.0]])
 OPTIMIZERS: dict[str, Any] = {
@@ -85,6 +90,33 @@ class TestGoingOn:
         assert_same(run(1e-3, first), first)
         assert_same(run(1e-9, first), tight)
 
+    @pytest.mark.parametrize("callback", [{}, {"callback": lambda _: None}])
+    @pytest.mark.parametrize("way", [lambda f: f, jax.jit])
+    def test_from_a_run_without_tolerances_and_back(self, way: Any, callback: Any):
+        def go_on(steps: int, rtol: float, state: Any = None) -> optx.Solution:
+            fn = functools.partial(minimum, ROWS[0], rtol=rtol, **callback)
+            return way(lambda state: fn(steps, state))(state)
+
+        want = go_on(100, 1e-6)
+        got = go_on(100, 1e-6, go_on(3, 0.0).state)
+        assert got.stats["num_steps"] == want.stats["num_steps"] < 100
+        np.testing.assert_array_equal(got.value, want.value)
+        # A tolerance that was met does not end a run without one.
+        got = go_on(12, 0.0, go_on(100, 1e-2).state)
+        np.testing.assert_array_equal(got.value, go_on(12, 0.0).value)
+
+    def test_a_stall_is_that_of_one_optimizer(self):
+        def loss(y: jax.Array) -> jax.Array:
+            return jnp.sum((y - 3) ** 4) + 1e6 * jnp.abs(y[0] - 2.0000001)
+
+        def run(trials: int, state: Any = None) -> optx.Solution:
+            optimizer = robust.robust_lbfgs(max_linesearch_steps=trials)
+            return solve(loss, np.array([2.0, 5.0]), optimizer=optimizer, state=state)
+
+        stuck = run(1)
+        assert stuck.result == optx.RESULTS.stagnation
+        assert run(30, stuck.state).stats["num_steps"] > stuck.stats["num_steps"] + 9
+
     @pytest.mark.parametrize("atol", [(10.0, 1e-2), (1e-2, 1e-4)])
     def test_a_smaller_tolerance_on_a_steep_loss(self, atol: tuple[float, float]):
         """Where the change of the loss decides, not that of the parameters."""
@@ -120,10 +152,29 @@ class TestGoingOn:
             again = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", like)
         assert_same(minimum(ROWS[0], 9, again).state, minimum(ROWS[0], 9).state)
 
+    def test_from_another_process(self, tmp_path: Any):
+        program = f"""
+import equinox, numpy, test_solve
+state = test_solve.minimum(test_solve.ROWS[0], 4).state
+equinox.tree_serialise_leaves({str(tmp_path / "state.eqx")!r}, state)
+"""
+        here = pathlib.Path(__file__).parent
+        subprocess.run([sys.executable, "-c", program], cwd=here, check=True)
+        with jax.enable_x64():
+            like = minimum(ROWS[1], 0).state
+            again = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", like)
+        assert_same(minimum(ROWS[0], 9, again).state, minimum(ROWS[0], 9).state)
+
     def test_from_a_state_that_is_traced(self):
         state = minimum(ROWS[0], 4).state
         got = jax.jit(lambda state: minimum(ROWS[0], 9, state).value)(state)
         np.testing.assert_array_equal(got, minimum(ROWS[0], 9).value)
+
+
+def test_the_examples_of_the_docstrings():
+    for function in (solve, optimize):
+        module = importlib.import_module(function.__module__)
+        assert doctest.testmod(module) == (0, 5 if function is solve else 2)
 
 
 def _state_of(
