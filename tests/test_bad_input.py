@@ -72,16 +72,19 @@ def with_argument(
     return Bad(lambda: fn(*args, **kwargs), error, tuple(words))
 
 
-def of_start(params: Any, *, tests: bool) -> Any:
+SGD = optax.sgd(0.1)
+
+
+def of_start(params: Any, optimizer: Any = SGD) -> Any:
     """The shapes of a state."""
     with jax.enable_x64():
-        start_of = functools.partial(start, optax.sgd(0.1), tests=tests)
+        start_of = functools.partial(start, optimizer, tests=False)
         return jax.eval_shape(start_of, params)
 
 
 def going_on(state: Any, *words: str) -> Bad:
     def call() -> Any:
-        return solve(square, Y, optimizer=optax.sgd(0.1), state=state)
+        return solve(square, Y, optimizer=SGD, state=state)
 
     return Bad(call, ValueError, ("`state`", *words))
 
@@ -210,10 +213,8 @@ BAD: dict[str, Bad] = {
         callbacks.Checkpoint, "x.npz", 0, error=ValueError, words=("`every`", "0")
     ),
     "state of numbers": going_on([1.0, 2.0], "same problem", "got 2"),
-    "state of another size": going_on(
-        of_start(np.ones(3), tests=False), "float64[2]", "float64[3]"
-    ),
-    "state of another solve": going_on(of_start(Y, tests=True), "tolerances"),
+    "state of another size": going_on(of_start(np.ones(3)), "float64[2]", "float64[3]"),
+    "state of another optimizer": going_on(of_start(Y, optax.adam(0.1)), "optimizer"),
     "optimizer None": with_option("optimizer", None, TypeError, "optax", "None"),
     "optimizer a string": with_option("optimizer", "adam", TypeError, "'adam'"),
     "optimizer a schedule": with_option(
