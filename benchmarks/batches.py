@@ -13,7 +13,6 @@ The last row is a solve without tolerances. It has to end with the bits of one t
 takes all its steps, so it searches on where there is nothing left to be found.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +26,8 @@ from jaxtyping import Array
 
 from jaxmf_opt import solve
 from jaxmf_opt.losses import banded_toeplitz
+
+from .common import seconds
 
 N, BANDS, LANES, REPEATS = 256, 16, 64, 5
 GAP = 1e-9
@@ -46,14 +47,9 @@ class Row(NamedTuple):
     steps: int
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _least_seconds(call: Callable[[], Any]) -> float:
+    seconds(call)
+    return min(seconds(call) for _ in range(REPEATS))
 
 
 def _batched(one: Callable[[Array], tuple[Array, Any]], workloads: Array) -> Any:
@@ -120,13 +116,13 @@ def main() -> None:
         start = banded_toeplitz.initial_strategy(BANDS, BANDS)
         starts = jnp.tile(start, (LANES, 1))
         both = jax.jit(jax.vmap(jax.value_and_grad(_loss)))
-        evaluation = _seconds(lambda: both(starts, workloads))
+        evaluation = _least_seconds(lambda: both(starts, workloads))
         losses = jax.jit(jax.vmap(_loss))
         rows = []
         for name, call in _solvers(start, workloads):
             value, steps = call()
             reached = np.asarray(losses(jnp.asarray(value), workloads))
-            rows.append(Row(name, _seconds(call), reached, int(np.max(steps))))
+            rows.append(Row(name, _least_seconds(call), reached, int(np.max(steps))))
     best = np.min([row.losses for row in rows], axis=0)
     good = [row for row in rows if np.max(row.losses / best - 1) <= GAP]
     print(f"one batched value and gradient: {evaluation * 1e3:.2f} ms")

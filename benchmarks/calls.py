@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,26 +28,17 @@ from jax_privacy.matrix_factorization import toeplitz
 
 import jaxmf_opt
 
+from .common import seconds, toeplitz_problem
+
 PROBLEMS = {"Toeplitz n=128 b=16": (128, 16), "Toeplitz n=1024 b=32": (1024, 32)}
 OPTIMIZE = {"ours": jaxmf_opt.optimize, "upstream": upstream.optimize}
 PAIRS = 5
 
 
-def _problem(n: int, bands: int) -> tuple[Callable[..., Any], jax.Array]:
-    loss = functools.partial(toeplitz.loss, n=n, reduction_fn=jnp.mean)
-    return loss, toeplitz.optimal_max_error_strategy_coefs(bands)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def _cold(who: str, n: int, bands: int) -> float:
     """The first call, in this process."""
-    loss, params = _problem(n, bands)
-    return _seconds(lambda: OPTIMIZE[who](loss, params))
+    loss, params = toeplitz_problem(n, bands)
+    return seconds(lambda: OPTIMIZE[who](loss, params))
 
 
 def _cold_in_fresh_process(who: str, n: int, bands: int, cache: str = "") -> float:
@@ -77,7 +67,7 @@ def _evaluations(who: str, n: int, bands: int, **options: Any) -> int:
         nonlocal count
         count += 1
 
-    loss, params = _problem(n, bands)
+    loss, params = toeplitz_problem(n, bands)
 
     def counted(coef: jax.Array) -> jax.Array:
         jax.debug.callback(tick)
@@ -89,7 +79,7 @@ def _evaluations(who: str, n: int, bands: int, **options: Any) -> int:
 
 
 def _measure(n: int, bands: int) -> None:
-    loss, params = _problem(n, bands)
+    loss, params = toeplitz_problem(n, bands)
     scales = itertools.count(1.0, 0.1)
     jitted = jax.jit(functools.partial(jaxmf_opt.optimize, loss))
 
@@ -97,7 +87,7 @@ def _measure(n: int, bands: int) -> None:
         return _cold_in_fresh_process(who, n, bands)
 
     def repeated(who: str) -> float:
-        return _seconds(lambda: OPTIMIZE[who](loss, params))
+        return seconds(lambda: OPTIMIZE[who](loss, params))
 
     def other_array(who: str) -> float:
         weights = jnp.full(n, next(scales))
@@ -106,10 +96,10 @@ def _measure(n: int, bands: int) -> None:
             error = toeplitz.per_query_error(strategy_coef=coef, n=n)
             return jnp.mean(weights * error) * jnp.sum(coef**2)
 
-        return _seconds(lambda: OPTIMIZE[who](weighted, params))
+        return seconds(lambda: OPTIMIZE[who](weighted, params))
 
     def warm(who: str) -> float:
-        return _seconds(lambda: jitted(params)) if who == "ours" else repeated(who)
+        return seconds(lambda: jitted(params)) if who == "ours" else repeated(who)
 
     print("  cold        ", _ratio(cold))
     with tempfile.TemporaryDirectory() as cache:

@@ -6,8 +6,6 @@
   largest relative difference of the losses of all steps.
 """
 
-import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax_privacy.matrix_factorization import optimization as upstream
-from jax_privacy.matrix_factorization import toeplitz
 
 import jaxmf_opt
+
+from .common import seconds, toeplitz_problem
 
 ZOOM = optax.lbfgs(
     memory_size=15, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20)
@@ -26,19 +25,8 @@ ZOOM = optax.lbfgs(
 PAIRS, STEPS = 15, 40
 
 
-def _problem(n: int, bands: int) -> tuple[Callable[..., Any], jax.Array]:
-    loss = functools.partial(toeplitz.loss, n=n, reduction_fn=jnp.mean)
-    return loss, toeplitz.optimal_max_error_strategy_coefs(bands)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def _step_over_evaluations(bands: int, **options: Any) -> float:
-    loss, params = _problem(4096, bands)
+    loss, params = toeplitz_problem(4096, bands)
     solver = jax.jit(lambda p: jaxmf_opt.solve(loss, p, **options))
     stats = solver(params).stats
     grads = int(stats["num_grad_evaluations"])
@@ -59,7 +47,7 @@ def _step_over_evaluations(bands: int, **options: Any) -> float:
     with jax.enable_x64():
         point = jnp.asarray(params, "float64")
         calls = [lambda: solver(params), lambda: evaluations(point)]
-        times = [[_seconds(call) for call in calls] for _ in range(PAIRS + 1)][1:]
+        times = [[seconds(call) for call in calls] for _ in range(PAIRS + 1)][1:]
     return float(np.divide(*np.min(times, axis=0)))
 
 
@@ -83,7 +71,7 @@ class _Counted:
 
 
 def _zoom(n: int, bands: int) -> str:
-    loss, params = _problem(n, bands)
+    loss, params = toeplitz_problem(n, bands)
     ours, theirs = _Counted(loss), _Counted(loss)
     for counted, optimize in ((ours, jaxmf_opt.optimize), (theirs, upstream.optimize)):
         end = optimize(

@@ -6,7 +6,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -113,14 +112,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         dtype = f_struct.dtype
         history = None
         if options.get("history") is not None:
-            history = History(
-                *(jnp.full(options["history"], jnp.nan) for _ in range(3))
-            )
+            history = History.of_no_steps(options["history"])
         if "state" in options:
-            state = options["state"]
-            return eqx.tree_at(
-                lambda s: s.history, state, history, is_leaf=lambda x: x is None
-            )
+            return options["state"].with_history(history)
         zeros = jax.tree.map(jnp.zeros_like, y)
         opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
         no_aux = not jax.tree.leaves(aux_struct)

@@ -21,7 +21,7 @@ from ._minimiser import LeanOptaxMinimiser, Tolerance
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._solution import Solution
-from ._stall import is_stationary, minimiser_for, proves_for_all
+from ._stall import is_default, is_stationary, minimiser_for
 from ._state import Evaluations, History, MinimiserState, SolverState
 from ._structure import CACHE_SIZE
 from ._watch import Watch, WatchedMinimiser
@@ -245,8 +245,7 @@ class Recipe:
             k: jnp.minimum(n, most).astype(self._int_dtype) for k, n in counts.items()
         }
         stats |= jax.tree.map(self._in_range, floats)
-        no_history = lambda s: s.minimiser.history  # noqa: E731
-        end = eqx.tree_at(no_history, end, None, is_leaf=lambda x: x is None)
+        end = SolverState(end.params, state.with_history(None))
         return Solution(
             value=last.params, result=result, aux=None, stats=stats, state=end
         )
@@ -289,7 +288,7 @@ class Recipe:
         update, loss_before = (None, None) if before is None else before
         row = None
         if self._history is not None:
-            row = History(*(jnp.full(1, jnp.nan) for _ in range(3)))
+            row = History.of_no_steps(1)
         parts = lambda s: (  # noqa: E731
             *(s.opt_state, s.evaluations, s.update, s.loss_before, s.history),
         )
@@ -377,8 +376,9 @@ def going_on(
     """
     old = state.minimiser
     no = jnp.array(False)
-    # It stands still by one optimizer, of which a state shows the shapes only.
-    stalled = old.stalled if proves_for_all(optimizer) and not is_seen else no
+    # It stands still by one optimizer, of which a state shows the shapes only. No other
+    # whose states look like those of the default is ever said to.
+    stalled = old.stalled if is_default(optimizer) and not is_seen else no
     # A run evaluates the point at which it ends. This one begins with that evaluation.
     again = jnp.array(1)
     known = stored(old.opt_state, state.params) if old.reuses_linesearch else None

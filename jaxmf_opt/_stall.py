@@ -36,24 +36,13 @@ def minimiser_for(
     kind: type[Any] = LeanOptaxMinimiser
     if isinstance(optimizer, RobustOptimizer):
         kind = _RobustMinimiser
-    elif _is_default(optimizer):
+    elif is_default(optimizer):
         kind = _DefaultMinimiser
     return kind(optimizer, *tolerances)
 
 
-def proves_for_all(optimizer: optax.GradientTransformation) -> bool:
-    """Whether what has stalled by an optimizer like this has stalled by this one.
-
-    Args:
-      optimizer: An optax transformation.
-
-    Returns:
-      Whether no other one whose states look the same is ever said to have stalled.
-    """
-    return _is_default(optimizer)
-
-
-def _is_default(optimizer: optax.GradientTransformation) -> bool:
+def is_default(optimizer: optax.GradientTransformation) -> bool:
+    """Whether an optimizer is `DEFAULT_OPTIMIZER`, or made in the same way."""
     return optimizer_key(optimizer) == _DEFAULT_KEY
 
 

@@ -57,6 +57,11 @@ class History(NamedTuple):
     grad_norm: Float[Array, " steps"]
     step_size: Float[Array, " steps"]
 
+    @classmethod
+    def of_no_steps(cls, length: int) -> "History":
+        """A history with nothing in it yet."""
+        return cls(*(jnp.full(length, jnp.nan) for _ in cls._fields))
+
 
 class MinimiserState(eqx.Module, Generic[Y, Aux]):
     """The explicit state of a `LeanOptaxMinimiser`. Every leaf is an array.
@@ -100,6 +105,11 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
     evaluations: Evaluations
     history: History | None
     reuses_linesearch: bool = eqx.field(static=True)
+
+    def with_history(self, history: History | None) -> "MinimiserState[Y, Aux]":
+        """The state with another history."""
+        of = lambda s: s.history  # noqa: E731
+        return eqx.tree_at(of, self, history, is_leaf=lambda x: x is None)
 
 
 class SolverState(NamedTuple):

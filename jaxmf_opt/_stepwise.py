@@ -92,12 +92,8 @@ def solve_stepwise(
         tuple(map(jnp.asarray, flags)),
     )
     if told.row is not None:
-        end = eqx.tree_at(
-            lambda s: s.minimiser.history,
-            end,
-            _table(rows, int(of.step), max_steps),
-            is_leaf=lambda x: x is None,
-        )
+        table = _table(rows, int(of.step), max_steps)
+        end = SolverState(y, end.minimiser.with_history(table))
     return program.value_and_finish(end, max_steps)
 
 

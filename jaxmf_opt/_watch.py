@@ -215,9 +215,8 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         """A step, and the callback behind it."""
         new_y, new_state, aux = super().step(fn, y, args, options, state, tags)
         moved = new_state.step > state.step
-        history = lambda s: s.history  # noqa: E731
-        told = eqx.tree_at(history, new_state, None, is_leaf=lambda x: x is None)
-        stop = self.watch.stop(self.run, self.captured, SolverState(new_y, told), moved)
+        told = SolverState(new_y, new_state.with_history(None))
+        stop = self.watch.stop(self.run, self.captured, told, moved)
         interrupted = state.interrupted | (stop & moved)
         return (
             new_y,
