@@ -25,7 +25,7 @@ import scipy.optimize
 from jaxtyping import Array
 
 from jaxmf_opt import solve
-from jaxmf_opt.losses import banded_toeplitz
+from jaxmf_opt.losses import BandedToeplitz, workloads
 
 from .common import seconds
 
@@ -35,7 +35,7 @@ TOLERANCES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 
 
 def _loss(coef: Array, workload: Array) -> Array:
-    return banded_toeplitz.mean_squared_error(coef, workload, n=N, bands=BANDS)
+    return BandedToeplitz(N, BANDS, workload_coef=workload).loss(coef)
 
 
 class Row(NamedTuple):
@@ -52,9 +52,9 @@ def _least_seconds(call: Callable[[], Any]) -> float:
     return min(seconds(call) for _ in range(REPEATS))
 
 
-def _batched(one: Callable[[Array], tuple[Array, Any]], workloads: Array) -> Any:
+def _batched(one: Callable[[Array], tuple[Array, Any]], coefs: Array) -> Any:
     program = jax.jit(jax.vmap(one))
-    return lambda: program(workloads)
+    return lambda: program(coefs)
 
 
 def _ours(start: Array, **options: Any) -> Callable[[Array], tuple[Array, Any]]:
@@ -65,9 +65,9 @@ def _ours(start: Array, **options: Any) -> Callable[[Array], tuple[Array, Any]]:
     return one
 
 
-def _solvers(start: Array, workloads: Array) -> Iterator[tuple[str, Any]]:
+def _solvers(start: Array, coefs: Array) -> Iterator[tuple[str, Any]]:
     for tol in TOLERANCES:
-        yield f"jaxmf_opt {tol:.0e}", _batched(_ours(start, rtol=tol), workloads)
+        yield f"jaxmf_opt {tol:.0e}", _batched(_ours(start, rtol=tol), coefs)
     for tol in TOLERANCES:
         solver = jaxopt.LBFGS(_loss, tol=tol, maxiter=250, implicit_diff=True)
 
@@ -75,7 +75,7 @@ def _solvers(start: Array, workloads: Array) -> Iterator[tuple[str, Any]]:
             end = solver.run(start, workload)
             return end.params, end.state.iter_num
 
-        yield f"jaxopt.LBFGS {tol:.0e}", _batched(of_jaxopt, workloads)
+        yield f"jaxopt.LBFGS {tol:.0e}", _batched(of_jaxopt, coefs)
     for kind in (optx.BFGS, optx.LBFGS):
         for tol in TOLERANCES:
             solver = kind(rtol=tol, atol=tol)
@@ -87,7 +87,7 @@ def _solvers(start: Array, workloads: Array) -> Iterator[tuple[str, Any]]:
                 return end.value, end.stats["num_steps"]
 
             name = f"optimistix.{kind.__name__} {tol:.0e}"
-            yield name, _batched(of_optx, workloads)
+            yield name, _batched(of_optx, coefs)
     both = jax.jit(jax.value_and_grad(_loss))
     for tol in TOLERANCES[2:]:
 
@@ -101,27 +101,27 @@ def _solvers(start: Array, workloads: Array) -> Iterator[tuple[str, Any]]:
                     method="L-BFGS-B",
                     options={"ftol": 1e-15, "gtol": tol},
                 )
-                for workload in workloads
+                for workload in coefs
             ]
             return np.stack([e.x for e in ends]), np.array([e.nit for e in ends])
 
         yield f"SciPy L-BFGS-B {tol:.0e}", of_scipy
-    yield "jaxmf_opt, no tolerance", _batched(_ours(start), workloads)
+    yield "jaxmf_opt, no tolerance", _batched(_ours(start), coefs)
 
 
 def main() -> None:
     with jax.enable_x64():
         momenta = jnp.linspace(0.0, 0.99, LANES)
-        workloads = jax.vmap(lambda m: banded_toeplitz.momentum_workload(N, m))(momenta)
-        start = banded_toeplitz.initial_strategy(BANDS, BANDS)
+        coefs = jax.vmap(lambda m: workloads.momentum(N, m))(momenta)
+        start = BandedToeplitz(N, BANDS).initial_params()
         starts = jnp.tile(start, (LANES, 1))
         both = jax.jit(jax.vmap(jax.value_and_grad(_loss)))
-        evaluation = _least_seconds(lambda: both(starts, workloads))
+        evaluation = _least_seconds(lambda: both(starts, coefs))
         losses = jax.jit(jax.vmap(_loss))
         rows = []
-        for name, call in _solvers(start, workloads):
+        for name, call in _solvers(start, coefs):
             value, steps = call()
-            reached = np.asarray(losses(jnp.asarray(value), workloads))
+            reached = np.asarray(losses(jnp.asarray(value), coefs))
             rows.append(Row(name, _least_seconds(call), reached, int(np.max(steps))))
     best = np.min([row.losses for row in rows], axis=0)
     good = [row for row in rows if np.max(row.losses / best - 1) <= GAP]

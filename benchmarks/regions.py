@@ -19,7 +19,7 @@ import lineax as lx
 
 from jaxmf_opt import optimize
 from jaxmf_opt._implicit import DIRECT_SIZE, MATRIX_FREE
-from jaxmf_opt.losses import banded_toeplitz
+from jaxmf_opt.losses import BandedToeplitz, workloads
 
 PAIRS = 9
 N, BANDS = 128, 16
@@ -42,13 +42,11 @@ def _ratio(a: Callable[[], Any], b: Callable[[], Any], repeats: int = 20) -> str
 
 def _error(momentum: jax.Array, rtol: float = 0.0) -> jax.Array:
     """The smallest error at a momentum."""
-    workload = banded_toeplitz.momentum_workload(N, momentum)
-    loss = functools.partial(
-        banded_toeplitz.mean_squared_error, workload_coef=workload, n=N, bands=BANDS
-    )
-    start = banded_toeplitz.initial_strategy(BANDS, BANDS)
-    best = optimize(loss, start, rtol=rtol)
-    return jnp.sqrt(loss(best))
+    workload_coef = workloads.momentum(N, momentum)
+    mechanism = BandedToeplitz(N, BANDS, workload_coef=workload_coef)
+    start = BandedToeplitz(N, BANDS).initial_params()
+    best = optimize(mechanism.loss, start, rtol=rtol)
+    return jnp.sqrt(mechanism.loss(best))
 
 
 def _quartic(size: int, solver: lx.AbstractLinearSolver | None) -> Callable[..., Any]:

@@ -1,10 +1,6 @@
-"""`python -m jaxmf_opt`: optimize DP-MF strategies for a grid of training set-ups.
-
-All set-ups are lanes of one jitted, vmapped solve.
-"""
+"""`python -m jaxmf_opt`: optimize DP-MF mechanisms for a grid of training set-ups."""
 
 import argparse
-import functools
 import itertools
 import sys
 import time
@@ -13,61 +9,62 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optimistix as optx
 
 from ._callback import CallbackArgs
-from ._solve import solve
-from .losses import banded_toeplitz
+from ._job import FAMILIES, Outcome, SetUp, run
 
 _DESCRIPTION = """\
-Optimize banded Toeplitz strategies for training with differential privacy.
+Optimize the correlated noise of training with differential privacy.
 
-For each combination of --steps, --bands and --momentum, finds the correlated noise of
-DP-BandMF (arXiv 2405.15913) with the smallest error. The error is the root of the
-expected squared error of the model's updates, averaged over training, for noise of
-standard deviation 1 and sensitivity 1: each example may take part again after `bands`
-steps at the earliest. Multiply it by the noise multiplier and the clipping norm.
+For each training, a combination of --steps, --epochs and --momentum, and for each
+mechanism, a --family and one of its sizes, finds the noise with the smallest error. The
+error is the root of the expected squared error of the model, the mean over training or
+the largest, for noise of standard deviation 1 and sensitivity 1. Multiply it by the
+noise multiplier and the clipping norm.
+
+families:
+  banded-toeplitz          DP-BandMF (arXiv 2405.15913): can be amplified by sampling
+  banded-inverse-toeplitz  BandInvMF, BISR (arXiv 2505.12128): little memory
+  blt                      buffered linear Toeplitz (arXiv 2404.16706): least memory
+  dense                    any matrix (arXiv 2306.08153): the least error, for few steps
 """
 
 _COLUMNS = """\
-columns: optimizer steps taken; error of independent noise (DP-SGD), of the starting
-point and of the optimized strategy; the part of DP-SGD's error that is gone."""
+columns: epochs, in each of which an example takes part once, as many steps apart as an
+epoch has; how many vectors of noise, as large as the model, training has to keep;
+optimizer steps taken; error of independent noise (DP-SGD), of the starting point and
+of the optimized mechanism; the part of DP-SGD's error that is gone; * the smallest
+error for a training"""
+
+# Matrices of this size take a minute.
+_MAX_DENSE = 1024
 
 
-class SetUps(NamedTuple):
-    """Training set-ups, one a lane; each field has shape (lanes,).
-
-    Attributes:
-      n: Training steps.
-      bands: Bands of the strategy.
-      momentum: Momentum of the training algorithm.
-    """
-
-    n: Any
-    bands: Any
-    momentum: Any
-
-
-class Report(NamedTuple):
-    """What came out, one row a lane.
+class Line(NamedTuple):
+    """A mechanism for a training, and how good it is.
 
     Attributes:
-      strategy_coef: The strategies, scaled to sensitivity 1; shape (lanes, max bands).
-      optimizer_steps: Steps taken.
-      converged: Whether a tolerance was met.
-      error_independent: Root mean squared error of independent noise.
-      error_before: The same of the starting point.
-      error_after: The same of the optimized strategy.
+      family: Its name.
+      set_up: The training, and the size of the mechanism.
+      kept: How many vectors of noise training keeps.
+      outcome: The optimized mechanism.
     """
 
-    strategy_coef: Any
-    optimizer_steps: Any
-    converged: Any
-    error_independent: Any
-    error_before: Any
-    error_after: Any
+    family: str
+    set_up: SetUp
+    kept: int
+    outcome: Outcome
+
+    @property
+    def training(self) -> tuple[Any, Any, Any]:
+        """What is trained, whatever the mechanism is."""
+        return self.set_up[:3]
+
+    @property
+    def gain(self) -> float:
+        """The part of the error of independent noise that is gone."""
+        return 1 - self.outcome.error_after / self.outcome.error_independent
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,32 +83,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    if max(args.bands) > min(args.steps):
-        parser.error(
-            f"argument --bands: {max(args.bands)} bands are more than the smallest "
-            f"number of training steps, {min(args.steps)}"
-        )
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "strategies.npz").open("ab").close()
-    except OSError as e:
-        parser.error(f"argument --out: cannot write into {args.out}: {e.strerror}")
-
-    grid = list(itertools.product(args.steps, args.bands, args.momentum))
-    columns = (np.array(column) for column in zip(*grid, strict=True))
-    setups = SetUps(*columns)
+    _check(parser, args)
+    options = {"rtol": args.rtol, "max_optimizer_steps": args.max_optimizer_steps}
+    lines: list[Line] = []
     with jax.enable_x64():
-        report = _run(setups, args.max_optimizer_steps, args.rtol)
-    print(table(setups, report))
+        for name in dict.fromkeys(args.family):
+            setups = _setups(args, name)
+            lines += _lines(name, setups, max_error=args.error == "max", **options)
+    order = {t: i for i, t in enumerate(_trainings(args))}
+    lines.sort(key=lambda line: order[line.training])  # and by family as before
+    print(table(lines))
     print(_COLUMNS)
-    np.savez(args.out / "strategies.npz", **setups._asdict(), **report._asdict())
+    np.savez(args.out / "strategies.npz", allow_pickle=False, **arrays(lines))
     print(f"wrote {args.out / 'strategies.npz'}")
     try:
-        from ._plot import plot_strategies
+        from ._plot import plot_mechanisms
     except ModuleNotFoundError:
         print("no picture without matplotlib: pip install 'jaxmf_opt[plot]'")
         return
-    plot_strategies(setups, report, args.out / "strategies.png")
+    plot_mechanisms(lines, args.out / "strategies.png")
     print(f"wrote {args.out / 'strategies.png'}")
 
 
@@ -140,20 +130,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
+        "--family",
+        nargs="+",
+        choices=list(FAMILIES),
+        default=["banded-toeplitz"],
+        metavar="F",
+        help="families of mechanisms (default: banded-toeplitz)",
+    )
+    add(
         "--steps",
         nargs="+",
         type=count,
-        default=[500, 2000, 8000],
         metavar="N",
-        help="numbers of training steps (default: 500 2000 8000)",
+        help="numbers of training steps (default: 500 2000 8000; with dense 64 256)",
     )
     add(
-        "--bands",
+        "--epochs",
         nargs="+",
         type=count,
-        default=[4, 16, 64],
-        metavar="B",
-        help="numbers of bands, each at most the smallest N (default: 4 16 64)",
+        default=[1],
+        metavar="K",
+        help="how often each example takes part (default: 1)",
     )
     add(
         "--momentum",
@@ -164,17 +161,39 @@ def _parser() -> argparse.ArgumentParser:
         help="momenta of the training algorithm, in [0, 1) (default: 0 0.9)",
     )
     add(
+        "--bands",
+        nargs="+",
+        type=count,
+        default=[4, 16, 64],
+        metavar="B",
+        help="numbers of bands, each at most the smallest N (default: 4 16 64)",
+    )
+    add(
+        "--buffers",
+        nargs="+",
+        type=number(int, 1, 16),
+        default=[2, 4],
+        metavar="D",
+        help="numbers of buffers of a blt (default: 2 4)",
+    )
+    add(
+        "--error",
+        choices=["mean", "max"],
+        default="mean",
+        help="which squared error of the steps is optimized (default: mean)",
+    )
+    add(
         "--max-optimizer-steps",
         type=number(int, 0, 2**31),
-        default=250,
+        default=500,
         metavar="K",
-        help="limit of L-BFGS steps (default: 250)",
+        help="limit of L-BFGS steps (default: 500)",
     )
     add(
         "--rtol",
         type=number(float, 0, np.inf),
         default=1e-6,
-        help="stop a set-up once a step changes loss and coefficients by less than "
+        help="stop a set-up once a step changes loss and parameters by less than "
         "this, relatively; 0 takes all steps (default: 1e-6)",
     )
     add(
@@ -187,84 +206,156 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(setups: SetUps, max_optimizer_steps: int, rtol: float) -> Report:
-    lanes = len(setups.n)
-    progress = _Progress(lanes)
-    max_n, max_bands = int(setups.n.max()), int(setups.bands.max())
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses what single arguments do not show."""
+    is_dense = "dense" in args.family
+    if args.steps is None:
+        args.steps = [64, 256] if is_dense else [500, 2000, 8000]
+    steps, epochs = min(args.steps), max(args.epochs)
+    has_bands = any(FAMILIES[name].sizes == "bands" for name in args.family)
+    if has_bands and max(args.bands) > steps:
+        parser.error(
+            f"argument --bands: {max(args.bands)} bands are more than the smallest "
+            f"number of training steps, {steps}"
+        )
+    if epochs > steps:
+        parser.error(
+            f"argument --epochs: {epochs} epochs are more than the smallest number of "
+            f"training steps, {steps}"
+        )
+    if is_dense and max(args.steps) > _MAX_DENSE:
+        parser.error(
+            f"argument --steps: dense matrices have at most {_MAX_DENSE} rows here, "
+            f"got {max(args.steps)} training steps"
+        )
+    for n, k in itertools.product(args.steps, args.epochs):
+        if is_dense and n % k:
+            parser.error(
+                f"argument --epochs: with dense, {k} epochs must have the same number "
+                f"of steps, got {n} training steps"
+            )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "strategies.npz").open("ab").close()
+    except OSError as e:
+        parser.error(f"argument --out: cannot write into {args.out}: {e.strerror}")
 
-    def one(n: Any, bands: Any, momentum: Any) -> Report:
-        workload = banded_toeplitz.momentum_workload(max_n, momentum)
-        error = functools.partial(
-            banded_toeplitz.mean_squared_error, workload_coef=workload, n=n
-        )
-        start = banded_toeplitz.initial_strategy(max_bands, bands)
-        solution = solve(
-            lambda coef: error(coef, bands=bands),
-            start,
-            max_optimizer_steps=max_optimizer_steps,
-            rtol=rtol,
-            callback=progress,
-        )
-        coef = jnp.where(jnp.arange(max_bands) < bands, solution.value, 0.0)
-        return Report(
-            strategy_coef=coef / jnp.linalg.norm(coef),
-            optimizer_steps=solution.stats["num_steps"],
-            converged=solution.result == optx.RESULTS.successful,
-            error_independent=jnp.sqrt(error(start, bands=1)),
-            error_before=jnp.sqrt(error(start, bands=bands)),
-            error_after=jnp.sqrt(error(coef, bands=bands)),
-        )
 
-    print(f"{lanes} set-ups, up to {max_n} training steps and {max_bands} bands")
+def _trainings(args: argparse.Namespace) -> list[tuple[Any, Any, Any]]:
+    return list(itertools.product(args.steps, args.epochs, args.momentum))
+
+
+def _setups(args: argparse.Namespace, name: str) -> list[SetUp]:
+    sizes = {"bands": args.bands, "buffers": args.buffers}.get(FAMILIES[name].sizes)
+    return [
+        SetUp(*training, size)
+        for training in _trainings(args)
+        for size in sizes or [training[0]]
+    ]
+
+
+def _lines(name: str, setups: list[SetUp], **options: Any) -> list[Line]:
+    """Runs the set-ups of a family, and tells how it goes."""
+    family = FAMILIES[name]
+    progress = _Progress(name)
+    lines: list[Line | None] = [None] * len(setups)
     started = time.perf_counter()
-    program = jax.jit(jax.vmap(one)).lower(*setups).compile()
-    compiled = time.perf_counter()
-    print(f"compiled in {compiled - started:.1f} s")
-    report = jax.device_get(program(*setups))
-    progress.close()
-    print(f"solved in {time.perf_counter() - compiled:.1f} s")
-    return report
+    for lanes, outcome in run(family, setups, callback=progress, **options):
+        progress.clear()
+        took = time.perf_counter() - started
+        print(f"{name}: {len(lanes)} set-ups in {took:.1f} s", flush=True)
+        for row, lane in enumerate(lanes):
+            of_lane = jax.tree.map(lambda x, row=row: x[row], outcome)
+            kept = family.kept(setups[lane])
+            lines[lane] = Line(name, setups[lane], kept, of_lane)
+        started = time.perf_counter()
+    return [line for line in lines if line is not None]
 
 
 class _Progress:
     """A line on the terminal, told of each step of each lane by the running solve."""
 
-    def __init__(self, lanes: int):
-        self._lanes = lanes
+    def __init__(self, name: str):
+        self._name = name
         self._step, self._running = -1, 0
         self._shown = 0.0
 
     def __call__(self, info: CallbackArgs) -> None:
         """Counts the lanes that are still running at the latest step."""
-        if info.step > self._step:
+        if info.step != self._step:
             self._step, self._running = info.step, 0
         self._running += 1
         now = time.perf_counter()
         if now - self._shown > 0.2 and sys.stderr.isatty():
             self._shown = now
-            line = f"step {self._step}: {self._running} of {self._lanes} set-ups run"
+            line = f"{self._name}: step {self._step}, {self._running} set-ups run"
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def clear(self) -> None:
+        """Takes the line away."""
         if self._shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def table(setups: SetUps, report: Report) -> str:
-    """The report as text, a line for each set-up."""
-    head = ("n", "bands", "momentum", "steps", "DP-SGD", "before", "after", "gain")
-    lines = ["{:>7} {:>6} {:>9} {:>6} {:>10} {:>10} {:>10} {:>7}".format(*head)]
-    for setup, row in zip(
-        zip(*setups, strict=True), zip(*report, strict=True), strict=True
-    ):
-        n, bands, momentum = setup
-        _, steps, converged, independent, before, after = row
-        mark = "" if converged else "  (limit of steps)"
-        lines.append(
-            f"{n:7d} {bands:6d} {momentum:9.3g} {steps:6d} {independent:10.3f} "
-            f"{before:10.3f} {after:10.3f} {1 - after / independent:7.1%}{mark}"
-        )
-    return "\n".join(lines)
+def table(lines: Sequence[Line]) -> str:
+    """The mechanisms as text, a line for each, a paragraph for each training."""
+    layout = "{:>7} {:>6} {:>8}  {:<23} {:>10} {:>6} {:>6} {:>10} {:>10} {:>10} {:>7}"
+    head = ("n", "epochs", "momentum", "family", "size", "noise", "steps")
+    text = [layout.format(*head, "DP-SGD", "before", "after", "gain")]
+    for training, group in itertools.groupby(lines, lambda line: line.training):
+        mechanisms = list(group)
+        n, epochs, momentum = training
+        least = min(float(line.outcome.error_after) for line in mechanisms)
+        if len(mechanisms) > 1:
+            text.append("")
+        for line in mechanisms:
+            o = line.outcome
+            text.append(
+                layout.format(
+                    *(n, epochs, f"{momentum:.3g}", line.family),
+                    f"{line.set_up.size} {FAMILIES[line.family].sizes}",
+                    *(line.kept, int(o.optimizer_steps)),
+                    f"{o.error_independent:.3f}",
+                    f"{o.error_before:.3f}",
+                    f"{o.error_after:.3f}",
+                    f"{line.gain:.1%}",
+                )
+                + (" *" if o.error_after <= least else "")
+                + ("" if o.converged else "  (limit of steps)")
+            )
+    return "\n".join(text)
+
+
+def arrays(lines: Sequence[Line]) -> dict[str, np.ndarray]:
+    """The table by columns, and the mechanisms of each family by what they consist of.
+
+    Those are named `family/array`, with an axis over the family's lines in the order of
+    the table; smaller ones are filled up with zeros.
+    """
+    columns = {
+        "family": [line.family for line in lines],
+        **{
+            name: [getattr(line.set_up, name) for line in lines]
+            for name in SetUp._fields
+        },
+        "noise_kept": [line.kept for line in lines],
+        **{
+            name: [getattr(line.outcome, name) for line in lines]
+            for name in Outcome._fields
+            if name != "mechanism"
+        },
+    }
+    named = {name: np.array(column) for name, column in columns.items()}
+    for family in dict.fromkeys(line.family for line in lines):
+        parts = [line.outcome.mechanism for line in lines if line.family == family]
+        for name in parts[0]:
+            each = [part[name] for part in parts]
+            shape = np.max([x.shape for x in each], axis=0)
+            filled = np.zeros((len(each), *map(int, shape)))
+            for row, x in zip(filled, each, strict=True):
+                row[tuple(map(slice, x.shape))] = x
+            named[f"{family}/{name}"] = filled
+    return named
 
 
 if __name__ == "__main__":

@@ -18,11 +18,7 @@ from jax.dtypes import float0
 from jaxmf_opt import optimize
 from jaxmf_opt._implicit import DIRECT_SIZE, MATRIX_FREE
 from jaxmf_opt._optimizer import DEFAULT_OPTIMIZER
-from jaxmf_opt.losses.banded_toeplitz import (
-    initial_strategy,
-    mean_squared_error,
-    momentum_workload,
-)
+from jaxmf_opt.losses import BandedToeplitz, workloads
 
 Map = Callable[[jax.Array], jax.Array]
 
@@ -363,12 +359,18 @@ MOMENTUM = 0.5
 
 
 def toeplitz_error(momentum: jax.Array, y: jax.Array) -> jax.Array:
-    return mean_squared_error(y, momentum_workload(8, momentum), n=8, bands=3)
+    return banded(momentum).loss(y)
+
+
+def banded(momentum: jax.Array) -> BandedToeplitz:
+    workload_coef = workloads.momentum(8, momentum)
+    return BandedToeplitz(bands=3, max_bands=4, workload_coef=workload_coef)
 
 
 def toeplitz(momentum: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The least error, the direction of a strategy that has it, and the strategy."""
-    y = optimize(lambda y: toeplitz_error(momentum, y), initial_strategy(4, 3))
+    start = BandedToeplitz(8, 3, max_bands=4).initial_params()
+    y = optimize(lambda y: toeplitz_error(momentum, y), start)
     return toeplitz_error(momentum, y), direction(y), y
 
 
