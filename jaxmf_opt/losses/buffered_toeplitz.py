@@ -118,13 +118,13 @@ class BufferedToeplitz(ToeplitzMechanism):
         self.num_buffers = check_static_count("num_buffers", num_buffers)
 
     def initial_params(self) -> Float[Array, " params"]:
-        """A good starting point: decay rates in a geometric sequence from 1 / n to 1.
+        """A good starting point: decay rates in a geometric sequence, about 1 / n to 1.
 
         The rational approximations of `(1 - x)^{-1/2}` from which BLTs come
         (https://arxiv.org/abs/2404.16706, Proposition 4.5) have such rates.
         """
         n = jnp.asarray(self.n, float)
-        rates = (1 / n) ** jnp.linspace(1.0, 0.0, 2 * self.num_buffers)
+        rates = (1 / (n + 1)) ** jnp.linspace(1.0, 0.0, 2 * self.num_buffers)
         gaps = jnp.diff(rates, prepend=0.0)
         return self._or_nan(jnp.log(gaps))
 
