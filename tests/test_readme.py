@@ -38,7 +38,7 @@ def test_ci_runs_the_commands_as_written():
 
 def test_the_layout_lists_every_module():
     (layout,) = blocks("")[-1:]
-    modules = {p.name for p in (ROOT / "jaxmf_opt").glob("*.py")} - {"__init__.py"}
+    modules = {p.name for p in (ROOT / "jaxmf_opt").rglob("*.py")} - {"__init__.py"}
     assert modules == set(re.findall(r"\b(\w+\.py)\b", layout))
 
 

@@ -10,6 +10,7 @@ import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
@@ -317,6 +318,21 @@ class TestInPrograms:
 
 
 class TestAtLargeSizes:
+    @pytest.mark.parametrize(("n", "bands"), [(3000, 16), (1500, 300)])
+    def test_many_digits(self, n: int, bands: int):
+        """In blocks, and by transforms, against substitution in 40 digits."""
+        coef = np.arange(1, bands + 1) ** -0.6
+        with mpmath.workdps(40):
+            exact = np.array([mpmath.mpf(x) for x in coef.tolist()])
+            decoder = np.full(n, mpmath.mpf(0))
+            for t in range(n):
+                known = decoder[max(0, t - bands + 1) : t][::-1]
+                decoder[t] = (1 - exact[1 : 1 + known.size] @ known) / exact[0]
+            rows = np.array((n - np.arange(n)).tolist())
+            want = float(decoder**2 @ rows / n * (exact @ exact))
+        got = BandedToeplitz(n, bands).loss(jnp.array(coef))
+        np.testing.assert_allclose(got, want, rtol=1e-13)
+
     def test_a_million_steps(self):
         n, bands = 1_000_000, 64
         point = BandedToeplitz(n, bands).initial_params()
