@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 # differ in size (`python -m benchmarks.losses`).
 _MANY = 256
 # Blocks of a banded matrix have at least this size; their matrices its square.
-_BLOCK = 64
+_BLOCK = 16
 
 
 def multiply(coef: Float[Array, " b"], x: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -170,10 +170,7 @@ def _multiply_in_blocks(coef: Array, x: Array) -> Array:
 def _solve_in_blocks(coef: Array, rhs: Array, inside: Array) -> Array:
     diagonal, left, blocks = _blocks(coef, rhs)
     size = len(diagonal)
-    inverse = jax.scipy.linalg.solve_triangular(
-        diagonal, unit(size, rhs.dtype), lower=True
-    )
-    inverse = _part(inverse, size, size)
+    inverse = _part(_inverse_by_rows(coef, size), size, size)
     blocks = _matmul(blocks, inverse.T)
     inside = jnp.pad(inside, (0, blocks.size - inside.size)).reshape(blocks.shape)
     if len(blocks) == 1 or not left.size:
@@ -187,6 +184,17 @@ def _solve_in_blocks(coef: Array, rhs: Array, inside: Array) -> Array:
 
     start = jnp.zeros(left.shape[1], rhs.dtype)
     return jax.lax.scan(block, start, (blocks, inside))[1].ravel()[: rhs.size]
+
+
+def _inverse_by_rows(coef: Array, size: int) -> Array:
+    """The leading coefficients of the inverse power series, one after the other."""
+
+    def row(before: Array, rhs: Array) -> tuple[Array, Array]:
+        x = (rhs - _matmul(coef[1:], before)) / coef[0]
+        return jnp.append(x, before)[: before.size], x
+
+    start = jnp.zeros(coef.size - 1, coef.dtype)
+    return jax.lax.scan(row, start, unit(size, coef.dtype))[1]
 
 
 def _multiply_by_fft(coef: Array, x: Array) -> Array:
