@@ -34,8 +34,9 @@ _COLUMNS = """\
 columns: epochs, in each of which an example takes part once, as many steps apart as an
 epoch has; how many vectors of noise, as large as the model, training has to keep;
 optimizer steps taken; error of independent noise (DP-SGD), of the starting point and
-of the optimized mechanism; the part of DP-SGD's error that is gone; * the smallest
-error for a training"""
+of the optimized mechanism (of banded inverses for more epochs than one, a bound that
+is mostly exact); the part of DP-SGD's error that is gone; * the smallest error for a
+training"""
 
 # Matrices of this size take a minute.
 _MAX_DENSE = 1024
@@ -236,7 +237,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "strategies.npz").open("ab").close()
+        for file in (args.out / "strategies.npz", args.out / "strategies.png"):
+            if file.exists() or file.suffix == ".npz":
+                file.open("ab").close()
     except OSError as e:
         parser.error(f"argument --out: cannot write into {args.out}: {e.strerror}")
 
