@@ -1,4 +1,18 @@
-"""DP-MF losses whose hyperparameters are arrays, so that set-ups can be batched."""
+"""DP-MF mechanisms whose hyperparameters are arrays, so that set-ups can be batched.
+
+A mechanism factorises the workload `A` of a training, which takes gradients to models,
+as `A = B C`, and adds the noise `C^{-1} Z` to the gradients, or `B Z` to the models. An
+object of one of the classes here is a set-up. It has a good starting point and a loss
+for `optimize`, and what training needs of the parameters that come out.
+
+* `BandedToeplitz` can be amplified by sampling; it takes many bands to be good.
+* `BandedInverseToeplitz` has small errors with few bands.
+* `BufferedToeplitz` (BLT) has nearly the smallest errors of Toeplitz strategies with
+  a few buffers, however long the training is.
+* `Dense` has the smallest error of all, in O(n^3) time: up to about 1,000 steps.
+
+For the last three take `ROBUST_OPTIMIZER`, or `optax.lbfgs` where matrices are large.
+"""
 
 from . import workloads as workloads
 from .banded_inverse_toeplitz import BandedInverseToeplitz as BandedInverseToeplitz
