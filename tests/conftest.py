@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -19,6 +20,19 @@ def x64(request: pytest.FixtureRequest):
     """Runs a test in a float32 program and again in a float64 program."""
     with jax.enable_x64(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets compiled programs before they are too many for the process.
+
+    Each takes a few of the 65,530 memory maps that Linux gives to a process, and XLA
+    crashes where it gets no more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 # Many tests compile what others have compiled, in other processes too. JAX's cache of
