@@ -102,12 +102,12 @@ def check_count(name: str, value: Any) -> Any:
     )
 
 
-def check_static_count(name: str, value: Any, least: int = 1) -> int:
+def check_static_count(name: str, value: Any) -> int:
     """A whole number that sizes arrays.
 
     Raises:
       TypeError: If it is an array, or no whole number.
-      ValueError: If it is less than `least`.
+      ValueError: If it is less than 1.
     """
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
@@ -115,8 +115,8 @@ def check_static_count(name: str, value: Any, least: int = 1) -> int:
             f"{value!r}."
         )
     count = check_count(name, value)
-    if count < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {count}.")
+    if count < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {count}.")
     return count
 
 

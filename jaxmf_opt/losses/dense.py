@@ -242,9 +242,9 @@ class Dense(eqx.Module):
             jnp.sum(in_order, axis=1), self._classes, self.max_n
         )
         fixed = jnp.max(of_classes)
-        at_least = jnp.logical_and(self.equal_norm, self.bands <= self.min_sep)
         if self.equal_norm is False:
             return self._or_nan(fixed)
+        at_least = jnp.logical_and(self.equal_norm, self.bands <= self.min_sep)
         # Without products of two participations that is the sum over a diagonal.
         far = jnp.abs(self._steps_apart) >= self.min_sep
         orthogonal = ~jnp.any(far & (gram != 0))
