@@ -6,6 +6,7 @@ whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
 
 from . import callbacks as callbacks
 from . import robust as robust
+from . import sweeps as sweeps
 from ._callback import CallbackArgs as CallbackArgs
 from ._callback import CallbackFnType as CallbackFnType
 from ._callback import Lane as Lane
@@ -22,5 +23,6 @@ from ._state import MinimiserState as MinimiserState
 from ._state import SolverState as SolverState
 from ._x64 import jax_enable_x64 as jax_enable_x64
 from .robust import ROBUST_OPTIMIZER as ROBUST_OPTIMIZER
+from .sweeps import sweep as sweep
 
 __version__ = "0.1.0"

@@ -1,9 +1,9 @@
 """Bad arguments are refused at the call, by name, before anything is compiled."""
 
-import functools
 import inspect
 import math
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +15,13 @@ import optax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from ._keys import as_key
 
-def check_callable(name: str, fn: Any) -> None:
-    """Refuses what cannot be called with one argument."""
+_NUMBERS = {1: "one argument", 2: "two arguments"}
+
+
+def check_callable(name: str, fn: Any, arguments: int = 1) -> None:
+    """Refuses what cannot be called with so many arguments."""
     if not callable(fn):
         raise TypeError(f"`{name}` must be callable, got {fn!r}.")
     try:
@@ -25,10 +29,10 @@ def check_callable(name: str, fn: Any) -> None:
     except (TypeError, ValueError):  # some builtins have none
         return
     try:
-        signature.bind(None)
+        signature.bind(*[None] * arguments)
     except TypeError as e:
         raise TypeError(
-            f"`{name}` must be callable with one argument; its signature is "
+            f"`{name}` must be callable with {_NUMBERS[arguments]}; its signature is "
             f"{signature}."
         ) from e
 
@@ -88,6 +92,14 @@ def check_tolerance(name: str, value: Any) -> None:
             raise ValueError(f"`{name}` must be at least 0, got {number}.")
 
 
+def check_path(name: str, value: Any) -> None:
+    """Refuses what does not name a file or directory."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(
+            f"`{name}` must be a path, got {value!r} of type {type(value).__name__}."
+        )
+
+
 def check_flag(name: str, value: Any) -> None:
     """Refuses what is not a bool."""
     if not isinstance(value, (bool, np.bool_)):
@@ -138,7 +150,7 @@ def check_state(state: Any, like: PyTree, or_like: PyTree) -> PyTree:
     want, treedef = jax.tree.flatten(like)
     got = jax.tree.leaves(state)
     if len(got) == len(want):
-        got = [_as_key(g, w.dtype) for g, w in zip(got, want, strict=True)]
+        got = [as_key(g, w) for g, w in zip(got, want, strict=True)]
 
     def describe(x: Any) -> str:
         return f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
@@ -150,14 +162,3 @@ def check_state(state: Any, like: PyTree, or_like: PyTree) -> PyTree:
             f"{len(got)}: {', '.join(map(describe, got))}."
         )
     return jax.tree.unflatten(treedef, got)
-
-
-def _as_key(data: Any, dtype: Any) -> Any:
-    """Makes random keys of their data, as a file has them, where keys are wanted."""
-    is_data = getattr(data, "dtype", None) == np.uint32
-    if is_data and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
-            key = jax.eval_shape(functools.partial(jax.random.key, impl=impl), 0)
-            if key.dtype == dtype:
-                return jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
-    return data

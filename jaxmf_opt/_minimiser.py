@@ -97,10 +97,10 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
           fn: The loss.
           y: The starting point.
           args: What the loss takes beside it.
-          options: May have three entries. "state": the state to go on from, instead of
-            a new one. "limit": the number of steps to take at most; the point that the
-            last of them leads to is then evaluated, too. "history": how many steps to
-            record.
+          options: May have three entries. "state": the state to go on from, with what
+            it records, instead of a new one. "limit": the number of steps to take at
+            most; the point that the last of them leads to is then evaluated, too.
+            "history": how many steps to record.
           f_struct: The shape and dtype of the loss.
           aux_struct: Those of what it returns beside its value.
           tags: Unused.
@@ -114,7 +114,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         if options.get("history") is not None:
             history = History.of_no_steps(options["history"])
         if "state" in options:
-            return options["state"].with_history(history)
+            return options["state"]
         zeros = jax.tree.map(jnp.zeros_like, y)
         opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
         no_aux = not jax.tree.leaves(aux_struct)
@@ -157,7 +157,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             y=("y", y),
         )
         here = Evaluated(y, loss, self.norm(grad).astype(loss.dtype))
-        is_finite = jnp.isfinite(loss) & _all_finite(y)
+        is_finite = jnp.isfinite(loss) & all_finite(y)
 
         converged = state.converged
         if self._tests:
@@ -363,5 +363,6 @@ class _Move(NamedTuple):
     evaluations: Evaluations
 
 
-def _all_finite(y: PyTree) -> Bool[Array, ""]:
+def all_finite(y: PyTree) -> Bool[Array, ""]:
+    """Whether every element of every leaf is a finite number."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(y)]))

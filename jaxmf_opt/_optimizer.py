@@ -11,6 +11,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from ._keys import as_numpy
+
 # Upstream's default. One memory pair and a patient line search suit DP-MF losses.
 DEFAULT_OPTIMIZER = optax.lbfgs(
     memory_size=1, linesearch=optax.scale_by_backtracking_linesearch(128)
@@ -77,11 +79,8 @@ def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
         case Tracer():
             raise _NotComparableError
         case jax.Array() | np.ndarray() | np.generic():
-            data: Any = part
-            if jnp.issubdtype(data.dtype, jax.dtypes.prng_key):
-                with jax.ensure_compile_time_eval():
-                    data = jax.random.key_data(data)
-            a = np.asarray(data)
+            with jax.ensure_compile_time_eval():
+                a = as_numpy(part)
             return (type(part), part.dtype, a.shape, a.dtype, a.tobytes())
     if isinstance(part, _ATOMS) and _from_library(part):
         return part  # at module level, so there is one of it

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
 from ._linesearch import stored
-from ._minimiser import LeanOptaxMinimiser, Tolerance
+from ._minimiser import LeanOptaxMinimiser, Tolerance, all_finite
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._solution import Solution
@@ -62,6 +62,28 @@ class Told(NamedTuple):
     update: PyTree | None
     converged: Bool[Array, ""] | None
     row: History | None
+
+
+class Pause(NamedTuple):
+    """When a lane of a batch interrupts its solve.
+
+    Attributes:
+      steps: After this many steps.
+      keep: Or when at most this many lanes of the batch have anything left to do, so
+        that others can take the places of those that have finished.
+      axis_name: The mapped axis of the batch.
+    """
+
+    steps: Int[Array, ""]
+    keep: Int[Array, ""]
+    axis_name: str
+
+    def is_due(
+        self, on: Bool[Array, ""], steps_taken: Int[Array, ""]
+    ) -> Bool[Array, ""]:
+        """Whether to interrupt a solve that has, or has not, anything left to do."""
+        running = jax.lax.psum(on.astype(int), self.axis_name)
+        return (steps_taken >= self.steps) | (running <= self.keep)
 
 
 class Recipe:
@@ -169,6 +191,62 @@ class Recipe:
           The solution.
         """
         limit = jnp.asarray(max_steps)
+        if start is None:
+            y, begin = params, None
+        else:
+            y, begin = recording(start, self._history)
+        minimiser, solution = self._minimise(
+            _as_float64(y), begin, captured, limit, tolerances, watched
+        )
+        whole = self.finish(_pinned(solution.value, solution.state), limit)
+        if isinstance(minimiser, WatchedMinimiser):
+            return minimiser.closed(whole, solution.state)
+        return whole
+
+    def advance(
+        self,
+        state: SolverState,
+        captured: Sequence[Array],
+        max_steps: Int[Array, ""] | int,
+        tolerances: Tolerances,
+        watched: Sequence[Array],
+        pause: Pause,
+    ) -> tuple[Solution, SolverState, Bool[Array, ""]]:
+        """A part of a solve: some of the steps that the whole would take, to the bit.
+
+        Args:
+          state: Where to go on, with what has been recorded.
+          captured: What the loss closes over.
+          max_steps: The limit of steps of the whole solve.
+          tolerances: When to stop before it.
+          watched: What traced callbacks close over; nobody may watch from the host.
+          pause: When to interrupt it.
+
+        Returns:
+          What `solve` returns, which counts if this was the last part; where to go on,
+          with what has been recorded; and whether there is anything left to do.
+        """
+        limit = jnp.asarray(max_steps)
+        _, of = self._minimise(*state, captured, limit, tolerances, watched, pause)
+        end = SolverState(of.value, of.state)
+        # (optimistix says so of a loop that somebody else has ended.)
+        running = of.result == RESULTS.nonlinear_max_steps_reached
+        if self._watch is not None:
+            running = ~end.minimiser.ended
+        solution = self._cast(self.finish(_pinned(*end), limit))
+        return solution, end, running
+
+    def _minimise(
+        self,
+        y: PyTree,
+        state: MinimiserState | None,
+        captured: Sequence[Array],
+        limit: Int[Array, ""],
+        tolerances: Tolerances,
+        watched: Sequence[Array],
+        pause: Pause | None = None,
+    ) -> tuple[LeanOptaxMinimiser, optx.Solution]:
+        """The loop itself."""
         tolerances = self._tolerances(tolerances)
         if self._watch is None:
             minimiser = minimiser_for(self.optimizer, tolerances)
@@ -177,22 +255,19 @@ class Recipe:
                 self.optimizer, tolerances, self._watch, watched
             )
         options: dict[str, Any] = {"limit": limit, "history": self._history}
-        if start is not None:
-            options["state"] = start.minimiser
+        if state is not None:
+            options["state"] = state
         solution = optx.minimise(
             self.program.loss,
             minimiser,
-            _as_float64(params) if start is None else start.params,
+            y,
             captured,
             options=options,
             max_steps=None,
-            adjoint=_Loop(self._watch is not None),
+            adjoint=_Loop(self._watch is not None, pause),
             throw=False,
         )
-        whole = self.finish(_pinned(solution.value, solution.state), limit)
-        if isinstance(minimiser, WatchedMinimiser):
-            return minimiser.closed(whole, solution.state)
-        return whole
+        return minimiser, solution
 
     def of_this_problem(
         self, state: SolverState, captured: Sequence[Array]
@@ -221,8 +296,7 @@ class Recipe:
         state = end.minimiser
         last, y = state.last_finite, end.params
         finite = jnp.isfinite(state.loss) & jnp.isfinite(last.grad_norm)
-        for x in jax.tree.leaves(end.params):
-            finite &= jnp.all(jnp.isfinite(x))
+        finite &= all_finite(end.params)
         success = state.interrupted | (last.grad_norm == 0)
         stationary = is_stationary(y, state.loss, state.grad)
         success |= state.converged | (state.stalled & stationary)
@@ -355,6 +429,12 @@ def start(
     return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
 
 
+def recording(state: SolverState, history: int | None) -> SolverState:
+    """The state, to record as many steps as `history` says, with none recorded yet."""
+    table = None if history is None else History.of_no_steps(history)
+    return SolverState(state.params, state.minimiser.with_history(table))
+
+
 def going_on(
     state: SolverState,
     optimizer: optax.GradientTransformation,
@@ -474,6 +554,7 @@ class _Loop(optx.AbstractAdjoint):
     """
 
     goes_on_from_nonfinite: bool = eqx.field(static=True)
+    pause: Pause | None = None
 
     def apply(
         self, primal_fn: Callable, rewrite_fn: Callable, inputs: Any, tags: Any
@@ -482,11 +563,21 @@ class _Loop(optx.AbstractAdjoint):
         del rewrite_fn, tags
 
         def while_loop(cond: Callable, body: Callable, init: Any, **_: Any) -> Any:
+            steps_before = init[2].step
+
             def goes_on(carry: Any) -> Bool[Array, ""]:
                 # A callback is told of all steps, as upstream's is. optimistix would
                 # end a run that is no longer finite; all else is in the state.
-                *_, terminate, _ = carry
-                return ~terminate if self.goes_on_from_nonfinite else cond(carry)
+                y, _, state, _, terminate, _ = carry
+                on = ~terminate if self.goes_on_from_nonfinite else cond(carry)
+                if self.pause is None:
+                    return on
+                is_due = self.pause.is_due(on, state.step - steps_before)
+                if not self.goes_on_from_nonfinite:
+                    # optimistix sees one step later that a point is not finite, and
+                    # at once if it begins there.
+                    is_due &= all_finite(y)
+                return on & ~is_due
 
             return jax.lax.while_loop(goes_on, body, init)
 

@@ -50,6 +50,18 @@ class Solution(optx.Solution[Y, Aux]):
         return "Solution(\n  " + ",\n  ".join(lines) + "\n)"
 
 
+def statuses(result: Any) -> np.ndarray:
+    """The names of results, an array of the shape of theirs.
+
+    Args:
+      result: An `optimistix.RESULTS` of the results of this package.
+    """
+    names = np.full(np.shape(result._value), "", dtype=object)
+    for name in _NAMES:
+        names[np.asarray(result == getattr(RESULTS, name))] = name
+    return names
+
+
 def throw_failure(solution: Solution[Y, Aux]) -> Solution[Y, Aux]:
     """Returns a solution that raises if it is no success.
 
@@ -78,10 +90,11 @@ def throw_failure(solution: Solution[Y, Aux]) -> Solution[Y, Aux]:
 def _result(result: Any) -> str:
     if isinstance(result._value, Tracer):
         return "traced"
-    counts = {n: int(np.sum(result == getattr(RESULTS, n))) for n in _NAMES}
+    names, counts = np.unique(statuses(result), return_counts=True)
     if np.ndim(result._value) == 0:
-        return next(name for name, count in counts.items() if count)
-    return " + ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return names[0]
+    of_name = dict(zip(names, counts, strict=True))
+    return " + ".join(f"{of_name[n]} {n}" for n in _NAMES if n in of_name)
 
 
 def _numbers(x: Any) -> str:

@@ -32,7 +32,7 @@ from ._solution import Solution, throw_failure
 from ._state import SolverState
 from ._stepwise import solve_stepwise
 from ._watch import watch
-from ._x64 import inside_region, is_traced
+from ._x64 import caller_dtype, inside_region, is_traced
 
 
 def solve(
@@ -156,7 +156,7 @@ def solve(
     recipe = Recipe(
         objective.program,
         optimizer,
-        [_caller_dtype(x, in_program) for x in jax.tree.leaves(params)],
+        [caller_dtype(x, in_program=in_program) for x in jax.tree.leaves(params)],
         jnp.result_type(int),
         jnp.result_type(float),
         tests=tests,
@@ -192,11 +192,3 @@ def _check_problem(recipe: Recipe, captured: Sequence[Array], state: Any) -> Non
 
 def _float64_struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), "float64")
-
-
-def _caller_dtype(x: Any, in_program: bool) -> Any:
-    dtype = getattr(x, "dtype", None)
-    if dtype is None:  # a Python number: the float that JAX makes of one outside
-        return jnp.result_type(float)
-    # A NumPy float64 array stays what it is, but does not enter a float32 program.
-    return jax.dtypes.canonicalize_dtype(dtype) if in_program else dtype

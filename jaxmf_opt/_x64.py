@@ -76,6 +76,15 @@ def is_traced(*trees: Any) -> bool:
     return isinstance(jnp.zeros(()), Tracer)  # as every new array under `jit`
 
 
+def caller_dtype(x: Any, *, in_program: bool) -> Any:
+    """The dtype that a result gets for an argument `x`, in the caller's setting."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:  # a Python number: the float that JAX makes of one outside
+        return jnp.result_type(float)
+    # A NumPy float64 array stays what it is, but does not enter a float32 program.
+    return jax.dtypes.canonicalize_dtype(dtype) if in_program else dtype
+
+
 def _call_in_region(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`fn(*args, **kwargs)` as a region; what is not an array passes it by."""
     arrays, others = eqx.partition((args, kwargs), eqx.is_array)

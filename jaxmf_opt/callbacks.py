@@ -5,23 +5,22 @@ of an eager solve; called from the compiled loop inside `jax.jit`, `jax.vmap` an
 like, where they keep apart what they know of each lane.
 """
 
-import contextlib
 import itertools
 import math
 import os
-import tempfile
 import time
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, Int
 
 from ._callback import CallbackArgs, Lane, traced
+from ._files import read_npz, write_npz
+from ._keys import as_numpy
 
 
 def small_gradient(gtol: float | Float[Array, ""]) -> traced:
@@ -234,19 +233,8 @@ class Checkpoint:
             )
         if (info.step + 1) % self._every:
             return
-        leaves = [_as_numpy(x) for x in jax.tree.leaves(info.solver_state)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, *leaves)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        leaves = map(as_numpy, jax.tree.leaves(info.solver_state))
+        write_npz(self.path, {f"arr_{i}": x for i, x in enumerate(leaves)})
 
     def load(self) -> list[np.ndarray] | None:
         """Reads the state, for the argument `state` of `solve`.
@@ -260,17 +248,11 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                names = (f"arr_{i}" for i in itertools.count())
-                return [file[n] for n in itertools.takewhile(file.__contains__, names)]
-        except Exception as e:
+            arrays = read_npz(self.path)
+        except ValueError as e:
             raise ValueError(f"{self.path} is not a checkpoint: {e}") from e
-
-
-def _as_numpy(x: Any) -> np.ndarray:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return np.asarray(jax.random.key_data(x))
-    return np.asarray(x)
+        names = (f"arr_{i}" for i in itertools.count())
+        return [arrays[n] for n in itertools.takewhile(arrays.__contains__, names)]
 
 
 def _max_norm(grad: Any) -> float:

@@ -1,0 +1,137 @@
+"""Programs for a batch of lanes: vectorised, split over devices, compiled once."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from .._keys import as_numpy
+from .._structure import CACHE_SIZE, Structure
+from .._x64 import hoist, inside_region, struct
+
+# The name of the axis that is mapped on each device. A loss may not use it.
+AXIS = "lanes of a sweep"
+
+_DEVICES = "devices of a sweep"
+
+
+def local_mesh(devices: list[Any]) -> Mesh:
+    """The mesh over which the lanes of a batch are split."""
+    return Mesh(np.array(devices), (_DEVICES,))
+
+
+class BatchProgram:
+    """A function of a lane, compiled for all lanes of a batch.
+
+    Each device runs a loop of its own over its part of the batch: there is nothing in
+    the program that communicates between devices.
+
+    Attributes:
+      structs: What it returns, per lane.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., PyTree],
+        mapped: PyTree,
+        shared: PyTree,
+        mesh: Mesh,
+    ):
+        """Compiles it, unless the process has a program of the same structure.
+
+        Args:
+          fn: Takes `mapped` and `shared`, for one lane.
+          mapped: Arrays, or their `jax.ShapeDtypeStruct`s, axis 0 over the lanes.
+          shared: The same without such an axis.
+          mesh: The devices, by whose number the lanes can be divided.
+        """
+        leaves, in_tree = jax.tree.flatten((mapped, shared))
+        num_mapped = len(jax.tree.leaves(mapped))
+        self.structs: PyTree = None
+        out_tree: Any = None
+
+        def one(mapped: PyTree, shared: PyTree) -> PyTree:
+            out = fn(mapped, shared)
+            self.structs = jax.tree.map(struct, out)
+            return out
+
+        def flat(*leaves: Any) -> list[Any]:
+            nonlocal out_tree
+            args = jax.tree.unflatten(in_tree, leaves)
+            out = jax.vmap(one, in_axes=(0, None), axis_name=AXIS)(*args)
+            out, out_tree = jax.tree.flatten(out)
+            return out
+
+        def on_a_device(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                (x.shape[0] // mesh.size, *x.shape[1:]), x.dtype
+            )
+
+        structs = [*map(on_a_device, leaves[:num_mapped])]
+        structs += [struct(x) for x in leaves[num_mapped:]]
+        with inside_region():
+            closed, consts = hoist(jax.make_jaxpr(flat)(*structs))
+            self._consts = jax.device_put(consts, _sharding(mesh, P()))
+            self._out_tree = out_tree
+            is_mapped = [False] * len(consts) + [True] * num_mapped
+            is_mapped += [False] * (len(leaves) - num_mapped)
+            program = _compile(Structure(closed), tuple(is_mapped), mesh)
+        self._run, self._text_digest = program
+
+    def __call__(self, mapped: PyTree, shared: PyTree) -> PyTree:
+        """Runs it, on arrays of the shapes and dtypes that it was compiled for."""
+        out = self._run(*self._consts, *jax.tree.leaves((mapped, shared)))
+        return jax.tree.unflatten(self._out_tree, out)
+
+    @property
+    def digest(self) -> str:
+        """Equal for programs that compute the same thing of the same constants."""
+        return digest_of(self._text_digest, *self._consts)
+
+
+def digest_of(*parts: Any) -> str:
+    """A digest of texts and arrays."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if not isinstance(part, str):
+            part = as_numpy(part)
+            sha.update(f"{part.dtype}{part.shape}".encode())
+        data = part if isinstance(part, str) else np.ascontiguousarray(part)
+        sha.update(data.encode() if isinstance(data, str) else data.tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _sharding(mesh: Mesh, spec: P) -> Sharding:
+    if mesh.size == 1:
+        return SingleDeviceSharding(mesh.devices.flat[0])
+    return NamedSharding(mesh, spec)
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
+def _compile(
+    structure: Structure, is_mapped: tuple[bool, ...], mesh: Mesh
+) -> tuple[Callable[..., list[Any]], str]:
+    """The compiled program, and a digest of its text."""
+    fn = jex.jaxpr_as_fun(structure.jaxpr)
+    specs = tuple(P(_DEVICES) if m else P() for m in is_mapped)
+    if mesh.size > 1:
+        fn = jax.shard_map(
+            fn, mesh=mesh, in_specs=specs, out_specs=P(_DEVICES), check_vma=False
+        )
+    structs = [
+        jax.ShapeDtypeStruct(
+            (a.shape[0] * mesh.size, *a.shape[1:]) if m else a.shape,
+            a.dtype,
+            sharding=_sharding(mesh, spec),
+        )
+        for a, m, spec in zip(structure.jaxpr.in_avals, is_mapped, specs, strict=True)
+    ]
+    lowered = jax.jit(fn).lower(*structs)
+    return lowered.compile(), digest_of(lowered.as_text())

@@ -1,0 +1,156 @@
+"""Brings the lanes of a sweep to their ends, and keeps what comes out of each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, PyTree
+
+from .._solution import Solution
+from ._crew import Crew, Outcome
+from ._journal import Journal
+from ._meter import Meter
+from ._schedule import Block, blocks
+from ._width import narrower_widths
+
+
+class SweepInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a sweep.
+
+    Attributes:
+      lanes: The lanes that have ended, of those of this process, in order.
+      solution: Their solution, a row for each.
+    """
+
+    def __init__(self, lanes: Int[np.ndarray, " lanes"], solution: Solution | None):
+        super().__init__(f"{lanes.size} lanes have ended")
+        self.lanes = lanes
+        self.solution = solution
+
+
+def solve_lanes(
+    crew: Crew,
+    count: int,
+    width: int,
+    journal: Journal | None,
+    meter: Meter,
+    keep_states: bool,
+) -> Solution:
+    """Solves all lanes of this process.
+
+    Args:
+      crew: Who solves them.
+      count: How many there are.
+      width: The width of a batch.
+      journal: Where to keep what comes out, and where some of it may be already.
+      meter: To be told of it.
+      keep_states: Whether the solution has the states.
+
+    Returns:
+      The solution, of NumPy arrays, axis 0 over the lanes.
+
+    Raises:
+      SweepInterrupted: If the user interrupts it.
+    """
+    table = _Table(count)
+    widths = narrower_widths(width, crew.mesh.size)
+    remaining, states, generation = np.arange(count), None, 0
+    try:
+        while remaining.size:
+            plan = list(blocks(generation, remaining, widths, crew.mesh.size))
+            left: dict[str, tuple[Any, PyTree]] = {}
+
+            def accept(block: Block, outcome: Outcome, left: Any = left) -> None:
+                solution, state, running = outcome
+                meter.add(solution, ~running)
+                if keep_states:
+                    state_without = state._replace(
+                        minimiser=state.minimiser.with_history(None)
+                    )
+                    solution = eqx.tree_at(
+                        lambda s: s.state, solution, state_without, is_leaf=_is_none
+                    )
+                table.put(block.lanes, solution, ~running)
+                rows = jax.tree.map(lambda x: x[running], state)
+                left[block.name] = block.lanes[running], rows
+
+            todo = []
+            for block in plan:
+                arrays = None if journal is None else journal.record(block.name)
+                if arrays is None:
+                    todo.append(block)
+                else:
+                    accept(block, _from_record(arrays, crew.structs(block.width)))
+            for block, outcome in crew.run(todo, states):
+                accept(block, outcome)
+                if journal is not None:
+                    journal.add(block.name, _to_record(outcome, keep_states))
+            lanes, rows = zip(*(left[block.name] for block in plan), strict=True)
+            remaining = np.concatenate(lanes)
+            states = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+            generation += 1
+    except KeyboardInterrupt:
+        raise SweepInterrupted(*table.ended()) from None
+    finally:
+        if journal is not None:
+            journal.write()
+    return table.whole
+
+
+class _Table:
+    """Solutions by lane."""
+
+    def __init__(self, count: int):
+        self._has_ended = np.zeros(count, bool)
+        self.whole: Any = None
+
+    def put(self, lanes: Any, solution: Solution, ended: Any) -> None:
+        """Keeps the rows of lanes that have ended."""
+        count = self._has_ended.size
+        if self.whole is None:
+            self.whole = jax.tree.map(
+                lambda x: np.empty((count, *x.shape[1:]), x.dtype), solution
+            )
+
+        def write(whole: np.ndarray, rows: np.ndarray) -> None:
+            whole[lanes[ended]] = rows[ended]
+
+        jax.tree.map(write, self.whole, solution)
+        self._has_ended[lanes[ended]] = True
+
+    def ended(self) -> tuple[Any, Any]:
+        """The lanes that have ended, and their solution."""
+        rows = lambda x: jnp.asarray(x[self._has_ended])  # noqa: E731
+        return np.flatnonzero(self._has_ended), jax.tree.map(rows, self.whole)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _to_record(outcome: Outcome, keep_states: bool) -> dict[str, np.ndarray]:
+    solution, state, running = outcome
+    rows = np.ones_like(running) if keep_states else running
+    leaves = jax.tree.leaves((solution, jax.tree.map(lambda x: x[rows], state)))
+    return {"running": running} | {str(i): x for i, x in enumerate(leaves)}
+
+
+def _from_record(arrays: Mapping[str, np.ndarray], like: PyTree) -> Outcome:
+    """An outcome of its record; rows of states that were not kept are 0."""
+    running = arrays["running"]
+
+    def filled(i: int, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        x = arrays[str(i)]
+        if len(x) == len(running):
+            return x
+        every = np.zeros((len(running), *x.shape[1:]), x.dtype)
+        every[running] = x
+        return every
+
+    leaves, treedef = jax.tree.flatten(like)
+    rows = [filled(i, x) for i, x in enumerate(leaves)]
+    solution, state = jax.tree.unflatten(treedef, rows)
+    return Outcome(solution, state, running)

@@ -1,0 +1,116 @@
+"""What a sweep has finished, in a directory, for a run that may be killed.
+
+A journal holds what came out of each block of lanes, in files that are written once.
+The blocks of a sweep are a function of its arguments and of what came out of the blocks
+before, so a run that reads some of them goes on exactly as the one that wrote them.
+"""
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .._files import read_npz, write_npz
+
+_MANIFEST = "sweep.npz"
+
+
+class Journal:
+    """A directory of records, each of them arrays by name."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        identity: Mapping[str, str],
+        every: float = 1.0,
+    ):
+        """Opens a directory, or makes it.
+
+        Args:
+          directory: Where.
+          identity: What the records are of, by name.
+          every: How many seconds may pass before what was added is written.
+
+        Raises:
+          ValueError: If the directory has records of something else, or if what they
+            are of cannot be read.
+          OSError: If it cannot be written.
+        """
+        self._directory, self._every = Path(directory), every
+        self._new: dict[str, np.ndarray] = {}
+        self._written = time.monotonic()
+        self._known: dict[str, dict[str, np.ndarray]] = {}
+        self._number = 0
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self._directory.glob(".*.npz*"):  # of a run that was killed
+                leftover.unlink()
+            self._check(identity)
+        except OSError as e:
+            raise type(e)(
+                f"`checkpoint_dir` must be a directory that can be written, got "
+                f"{str(directory)!r}: {e.strerror or e}."
+            ) from e
+        self._read()
+
+    def record(self, name: str) -> dict[str, np.ndarray] | None:
+        """What was added by this name, perhaps by an earlier run; else None."""
+        return self._known.pop(name, None)
+
+    def add(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds a record, and writes it now or soon."""
+        self._new |= {f"{name}/{key}": array for key, array in arrays.items()}
+        if time.monotonic() - self._written >= self._every:
+            self.write()
+
+    def write(self) -> None:
+        """Writes all that has been added."""
+        if self._new:
+            write_npz(self._directory / f"{self._number:06}.npz", self._new)
+            self._number += 1
+            self._new = {}
+        self._written = time.monotonic()
+
+    def _check(self, identity: Mapping[str, str]) -> None:
+        path = self._directory / _MANIFEST
+        if not path.exists():
+            text = json.dumps(dict(identity))
+            write_npz(path, {"identity": np.array(text)})
+            return
+        try:
+            known = json.loads(str(read_npz(path)["identity"]))
+        except (ValueError, KeyError) as e:
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._directory)!r} is damaged: {e}. Remove "
+                "it, or give another."
+            ) from e
+        others = [
+            f"{name} (there {known.get(name)}, here {identity.get(name)})"
+            for name in sorted({*known, *identity})
+            if known.get(name) != identity.get(name)
+        ]
+        if others:
+            raise ValueError(
+                f"`checkpoint_dir` {str(self._directory)!r} belongs to another sweep, "
+                f"which differs in: {', '.join(others)}. Repeat that call, remove the "
+                "directory, or give another."
+            )
+
+    def _read(self) -> None:
+        for path in sorted(self._directory.glob("[0-9]*.npz")):
+            self._number = max(self._number, int(path.stem) + 1)
+            try:
+                arrays = read_npz(path)
+            except ValueError as e:
+                warnings.warn(
+                    f"`checkpoint_dir`: {e}. What was in this file is solved again.",
+                    stacklevel=2,
+                )
+                continue
+            for key, array in arrays.items():
+                name, _, part = key.rpartition("/")
+                self._known.setdefault(name, {})[part] = array

@@ -1,0 +1,329 @@
+"""Many solves as one job: checks the call, and says how it is to be run."""
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from .._callback import CallbackFnType, combine, no_callback, traced
+from .._callback import parts as parts_of
+from .._checks import (
+    check_callable,
+    check_flag,
+    check_optimizer,
+    check_params,
+    check_path,
+    check_state,
+    check_steps,
+    check_tolerance,
+)
+from .._keys import as_key
+from .._minimiser import Tolerance
+from .._optimizer import DEFAULT_OPTIMIZER
+from .._run import Tolerances
+from .._solution import Solution, throw_failure
+from .._state import SolverState
+from .._watch import watch
+from .._x64 import caller_dtype, inside_region, is_traced
+from ._batch import digest_of, local_mesh
+from ._collect import solve_lanes
+from ._crew import Crew
+from ._journal import Journal
+from ._lane import LaneSetting, is_function
+from ._lanes import Lanes, as_pair, lanes_of
+from ._meter import Meter
+from ._processes import gather, own_devices, parts
+from ._width import default_width, num_workers
+
+
+def sweep(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    hyperparams: PyTree,
+    *,
+    in_axes: Any = (None, 0),
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    keep_states: bool = True,
+    max_optimizer_steps: int = 250,
+    grad: bool = False,
+    callback: CallbackFnType = no_callback,
+    optimizer: Any = DEFAULT_OPTIMIZER,
+    rtol: Tolerance | Callable[[PyTree], Any] = 0.0,
+    atol: Tolerance | Callable[[PyTree], Any] = 0.0,
+    gtol: Tolerance | Callable[[PyTree], Any] = 0.0,
+    state: SolverState | Sequence[Any] | None = None,
+    history: bool = False,
+    throw: bool = False,
+) -> Solution:
+    """Minimises a loss for each of many hyperparameters, as one job.
+
+    Each lane is a `solve` of its own, of `lambda params: loss_fn(params, hyperparam)`.
+    Lanes run in batches of one compiled program. A batch stops when most of its lanes
+    have ended, and the others go on together, so that no lane waits long for another.
+    On CPUs as many batches run at a time as there are cores.
+
+    It is called from ordinary Python, and has no derivative. Inside of a compiled
+    program, `jax.vmap` a `solve` instead.
+
+    Args:
+      loss_fn: Takes parameters and a hyperparameter, and returns what `solve` expects
+        of its loss. What it closes over is shared by all lanes.
+      params: The starting points.
+      hyperparams: The hyperparameters, any pytree.
+      in_axes: Where the axes over lanes are in `params` and `hyperparams`, as in
+        `jax.vmap`: by default all lanes start at the same point, and every array of
+        `hyperparams` has its lanes in front. `(0, None)` is many starts of one problem.
+      batch_size: How many lanes are in a batch, at all devices of this process
+        together. By default as many as suit the size of loss and state, and fit.
+      mesh: Devices over which lanes are split, in the order of their axes. Their number
+        must divide the number of lanes. Each device works by itself. If the mesh spans
+        the processes of `jax.distributed`, each solves the lanes of its devices, and
+        all of them return the whole. By default it is JAX's default device.
+      progress: Whether to show lanes done, lanes failed, rate, time left and the least
+        loss so far. (Of several processes, the first shows its own part.)
+      checkpoint_dir: A directory in which to keep the batches that are done. The same
+        call goes on from there, after whatever has ended the process, and returns the
+        same bits.
+      keep_states: Whether the solution has the state of each lane, which is most of its
+        size. Without, `state` is None.
+      max_optimizer_steps: As in `solve`.
+      grad: As in `solve`.
+      callback: As in `solve`. A Python one is called on the calling thread, between
+        compiled steps, once for each lane that made one; `info.lane.index` has the
+        number of the lane, and arrays are NumPy's. Batches then run one after the
+        other, and it cannot be together with `checkpoint_dir`.
+      optimizer: An optax transformation, or a function that makes one of a lane's
+        hyperparameter, which is traced: learning rates and constants of the line search
+        can be swept, but not sizes of arrays.
+      rtol: As in `solve`, or a function of a lane's hyperparameter.
+      atol: Likewise.
+      gtol: Likewise.
+      state: The `state` of an earlier sweep of the same lanes, to go on from.
+      history: As in `solve`.
+      throw: As in `solve`; all lanes are solved before.
+
+    Returns:
+      A solution as that of `solve`, with an axis over lanes in front of every array.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or traced.
+      ValueError: If an argument has an impossible value; if there are no lanes, arrays
+        disagree about their number, or the mesh does not divide it; if `checkpoint_dir`
+        belongs to another sweep, or is damaged.
+      OSError: If `checkpoint_dir` cannot be written.
+      ModuleNotFoundError: With `progress`, if tqdm is not installed.
+      SweepInterrupted: A `KeyboardInterrupt` that has the lanes which have ended.
+      equinox.EquinoxRuntimeError: With `throw`, if a lane has failed.
+
+    Warns:
+      UserWarning: If a file of `checkpoint_dir` is damaged, so that its lanes are
+        solved again.
+
+    Example:
+      >>> loss = lambda x, target: jnp.sum((x - target) ** 2)
+      >>> solution = sweep(loss, jnp.zeros(2), jnp.arange(3.0), gtol=1e-9)
+      >>> solution.value[:, 0]
+      Array([0., 1., 2.], dtype=float32)
+    """
+    check_callable("loss_fn", loss_fn, arguments=2)
+    check_params(params)
+    max_steps = check_steps(max_optimizer_steps)
+    check_callable("callback", callback)
+    flags = {"grad": grad, "history": history, "throw": throw, "progress": progress}
+    for name, value in (flags | {"keep_states": keep_states}).items():
+        check_flag(name, value)
+    tolerances = Tolerances(*cast(Any, (rtol, atol, gtol)))
+    if is_traced((params, hyperparams, state, tolerances)):
+        raise TypeError(
+            "`sweep` is a job of ordinary Python: its arguments must not be traced. "
+            "Inside of a compiled program, use `jax.vmap` of `solve`."
+        )
+    problems = [("params", params), ("hyperparams", hyperparams)]
+    lanes = lanes_of(problems, in_axes)
+    mesh = _check_mesh(mesh, lanes.count)
+    width = _check_batch_size(batch_size, mesh)
+    _check_options(lanes, optimizer, tolerances)
+    if checkpoint_dir is not None:
+        check_path("checkpoint_dir", checkpoint_dir)
+    compiled, on_host = _split(callback)
+    if on_host and checkpoint_dir is not None:
+        raise ValueError(
+            "`checkpoint_dir` cannot keep what a Python `callback` remembers of its "
+            "lanes; mark it as `traced`, or give a sweep only one of the two."
+        )
+    setting = LaneSetting(
+        loss_fn,
+        grad,
+        optimizer,
+        tolerances,
+        max_steps,
+        watch=None,
+        watched=(),
+        params=_structs_of_lane(lanes),
+        dtypes=[caller_dtype(x, in_program=False) for x in jax.tree.leaves(params)],
+        int_dtype=jnp.result_type(int),
+        float_dtype=jnp.result_type(float),
+        tests=any(is_function(t) or not Tolerances(t).off for t in tolerances),
+        history=max_steps if history else None,
+    )
+    like = _state_structs(setting, lanes)
+    if compiled or on_host:
+        watcher, watched = watch(combine(*compiled), like[0])
+        setting = setting._replace(watch=watcher, watched=watched)
+    if state is not None:
+        count = lanes.count
+        in_lanes = [
+            jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), s)
+            for s in like
+        ]
+        state = check_state(state, *in_lanes)
+    lanes = lanes_of([*problems, ("state", state)], (*as_pair(in_axes), 0))
+
+    everyone = parts(mesh, lanes.count)
+    mine = everyone[jax.process_index() if len(everyone) > 1 else 0]
+    lanes = Lanes(mine.size, lanes.take(mine), lanes.shared)
+    local = local_mesh(own_devices(mesh))
+    told = combine(*on_host) if on_host else None
+    workers = num_workers(local)
+    with jax.enable_x64():
+        if width is None:
+            width = default_width(setting, lanes, local, workers)
+        else:
+            width = min(width * local.size // mesh.size, mine.size)
+        crew = Crew(setting, lanes, local, told, workers)
+        journal = None
+        if checkpoint_dir is not None:
+            if len(everyone) > 1:
+                checkpoint_dir = os.path.join(checkpoint_dir, f"{jax.process_index()}")
+            journal = Journal(
+                checkpoint_dir, _identity(crew, lanes, width, keep_states)
+            )
+        with Meter(lanes.count, show=progress and not jax.process_index()) as meter:
+            solution = solve_lanes(
+                crew, lanes.count, width, journal, meter, keep_states
+            )
+        solution = jax.tree.map(jnp.asarray, gather(solution, everyone))
+        if keep_states:
+            states = jax.tree.map(as_key, solution.state, like[0])
+            solution = eqx.tree_at(lambda s: s.state, solution, states)
+    return throw_failure(solution) if throw else solution
+
+
+def _check_mesh(mesh: Any, count: int) -> Mesh:
+    """The mesh, or one of JAX's default device."""
+    if mesh is None:
+        return local_mesh(list(jnp.zeros(()).devices()))
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            "`mesh` must be None or a `jax.sharding.Mesh` of devices, such as "
+            f"`jax.make_mesh((jax.device_count(),), ('lanes',))`, got {mesh!r}."
+        )
+    if not mesh.size or count % mesh.size:
+        raise ValueError(
+            f"`mesh` must have a number of devices that divides the {count} lanes, got "
+            f"{mesh.size}. Take fewer of them, or fill up the lanes with copies."
+        )
+    owners = {d.process_index for d in mesh.devices.flat}
+    if owners not in ({jax.process_index()}, set(range(jax.process_count()))):
+        raise ValueError(
+            "`mesh` must have devices of this process alone, or of every one of the "
+            f"{jax.process_count()} processes; got those of {sorted(owners)}."
+        )
+    return mesh
+
+
+def _check_batch_size(batch_size: Any, mesh: Mesh) -> int | None:
+    if batch_size is None:
+        return None
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
+        raise TypeError(
+            f"`batch_size` must be None or an integer, got {batch_size!r} of type "
+            f"{type(batch_size).__name__}."
+        )
+    if batch_size < 1 or batch_size % mesh.size:
+        raise ValueError(
+            f"`batch_size` must be a positive multiple of {mesh.size}, the number of "
+            f"devices, got {batch_size}."
+        )
+    return int(batch_size)
+
+
+def _check_options(lanes: Lanes, optimizer: Any, tolerances: Tolerances) -> None:
+    """Checks the options of all lanes that depend on their hyperparameters."""
+    mapped = lanes.mapped[1]
+
+    def of_each(option: Callable[[PyTree], Any]) -> Any:
+        one = lambda m: jnp.asarray(option(lanes.argument(1, m)))  # noqa: E731
+        if not jax.tree.leaves(mapped):
+            return one(mapped)[None]
+        return jax.vmap(one)(mapped)
+
+    if is_function(optimizer):
+        first = lanes.take(np.array(0))[1]
+        check_optimizer(optimizer(lanes.argument(1, first)))
+    else:
+        check_optimizer(optimizer)
+    for name, tolerance in tolerances._asdict().items():
+        if not is_function(tolerance):
+            check_tolerance(name, tolerance)
+            continue
+        check_callable(name, tolerance)
+        with jax.enable_x64():
+            for lane in np.asarray(of_each(tolerance)):
+                check_tolerance(name, lane)
+
+
+def _split(callback: CallbackFnType) -> tuple[list[traced], list[CallbackFnType]]:
+    """The callbacks that are compiled, and those that are not."""
+    callbacks = parts_of(callback)
+    compiled = [c for c in callbacks if isinstance(c, traced)]
+    return compiled, [c for c in callbacks if not isinstance(c, traced)]
+
+
+def _structs_of_lane(lanes: Lanes) -> PyTree:
+    """The parameters of a lane, float64."""
+    params = lanes.argument(0, lanes.take(np.array(0))[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), "float64"), params)
+
+
+def _state_structs(setting: LaneSetting, lanes: Lanes) -> list[SolverState]:
+    """The state of a lane; and the other kind that a lane can go on from."""
+    hyperparam = lanes.argument(1, lanes.take(np.array(0))[1])
+    with inside_region():
+        return [
+            jax.eval_shape(
+                lambda params, tests=tests: setting._replace(
+                    tests=tests, history=None
+                ).first(params, hyperparam),
+                setting.params,
+            )
+            for tests in (setting.tests, not setting.tests)
+        ]
+
+
+def _identity(
+    crew: Crew, lanes: Lanes, width: int, keep_states: bool
+) -> dict[str, str]:
+    """What has to be the same where a sweep goes on."""
+    return {
+        **{name: version(name) for name in ("jax", "jaxlib")},
+        "loss, options and what all lanes share": digest_of(
+            *(p.digest for p in crew.programs(width))
+        ),
+        "what differs between lanes": digest_of(*jax.tree.leaves(lanes.mapped)),
+        "lanes of this process": str(lanes.count),
+        "batch_size of this process": str(width),
+        "devices of this process": str(crew.mesh.size),
+        "platform": crew.mesh.devices.flat[0].platform,
+        "keep_states": str(keep_states),
+    }

@@ -1,0 +1,171 @@
+"""What came out of a sweep, lane by lane."""
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from .._checks import check_path
+from .._keys import as_numpy
+from .._solution import Solution, statuses
+from ._lanes import as_pair, lanes_of
+
+
+def best_lane(solution: Solution) -> int:
+    """The lane of the least loss, among those whose loss is finite.
+
+    A lane need not have succeeded to be the best: its point is as good as its loss.
+
+    Args:
+      solution: The solution of a sweep.
+
+    Returns:
+      The number of the lane; the first one of several.
+
+    Raises:
+      TypeError: If it is no solution.
+      ValueError: If it has no lanes, or none with a finite loss.
+    """
+    losses = np.asarray(lanes_of_solution(solution).stats["loss"])
+    if not np.isfinite(losses).any():
+        raise ValueError(
+            f"`solution` must have a lane whose loss is finite, got {losses.size} "
+            "lanes without one."
+        )
+    return int(np.nanargmin(np.where(np.isfinite(losses), losses, np.inf)))
+
+
+def failed_lanes(solution: Solution) -> dict[int, str]:
+    """The lanes that failed, and why.
+
+    Args:
+      solution: The solution of a sweep.
+
+    Returns:
+      For each lane that is not `successful`, in order, its status:
+      "nonlinear_max_steps_reached", "stagnation" or "nonfinite".
+
+    Raises:
+      TypeError: If it is no solution.
+      ValueError: If it has no lanes.
+    """
+    names = statuses(lanes_of_solution(solution).result)
+    return {i: str(name) for i, name in enumerate(names) if name != "successful"}
+
+
+class SweepTable(Mapping[str, np.ndarray]):
+    """A table of lanes: a mapping from names of columns to NumPy arrays."""
+
+    def __init__(self, columns: Mapping[str, np.ndarray]):
+        self._columns = dict(columns)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __repr__(self) -> str:
+        return f"SweepTable of {', '.join(self._columns)}"
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table as text, numbers with all their digits.
+
+        Args:
+          path: The file.
+
+        Raises:
+          TypeError: If `path` is no path.
+          OSError: If it cannot be written.
+        """
+        check_path("path", path)
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(self._columns)
+            rows = zip(*(c.tolist() for c in self._columns.values()), strict=True)
+            writer.writerows(rows)
+
+    def to_frame(self) -> Any:
+        """The table as a `pandas.DataFrame`, a row for each lane.
+
+        Raises:
+          ModuleNotFoundError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as e:
+            raise ModuleNotFoundError(
+                "`to_frame` needs pandas: pip install 'jaxmf_opt[table]'"
+            ) from e
+        return pd.DataFrame(self._columns)
+
+
+def table(
+    solution: Solution, hyperparams: PyTree, in_axes: Any = (None, 0)
+) -> SweepTable:
+    """A table of the lanes of a sweep.
+
+    Args:
+      solution: Its solution.
+      hyperparams: Its hyperparameters.
+      in_axes: As they were given to it.
+
+    Returns:
+      A table of columns of a row for each lane: `lane`, each mapped array of the
+      hyperparameters by its path (one of several numbers for each lane as several
+      columns), and `loss`, `grad_norm`, `num_steps` and `status`.
+
+    Raises:
+      TypeError: If `solution` is no solution, or `in_axes` is of a wrong kind.
+      ValueError: If `hyperparams` are of another number of lanes.
+    """
+    stats = lanes_of_solution(solution).stats
+    count = np.size(stats["loss"])
+    axes = as_pair(in_axes)[1]
+    columns: dict[str, np.ndarray] = {"lane": np.arange(count)}
+    if jax.tree.leaves(axes):
+        lanes = lanes_of([("hyperparams", hyperparams)], (axes,))
+        if lanes.count != count:
+            raise ValueError(
+                f"`hyperparams` must be those of the sweep of {count} lanes, got "
+                f"{lanes.count}."
+            )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(lanes.mapped[0]):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            columns |= _columns(name or "hyperparam", leaf)
+    for name in ("loss", "grad_norm", "num_steps"):
+        columns[name] = np.asarray(stats[name])
+    columns["status"] = statuses(solution.result)
+    return SweepTable(columns)
+
+
+def _columns(name: str, leaf: Any) -> dict[str, np.ndarray]:
+    leaf = as_numpy(leaf)
+    if leaf.ndim == 1:
+        return {name: leaf}
+    return {
+        f"{name}[{', '.join(map(str, index))}]": leaf[(slice(None), *index)]
+        for index in np.ndindex(leaf.shape[1:])
+    }
+
+
+def lanes_of_solution(solution: Any) -> Solution[Any, Any]:
+    """The solution, if it is one and has an axis over lanes."""
+    if not isinstance(solution, Solution):
+        raise TypeError(
+            "`solution` must be that of a sweep, got "
+            f"{solution!r} of type {type(solution).__name__}."
+        )
+    if np.ndim(cast(Any, solution.stats["loss"])) != 1:
+        raise ValueError(
+            "`solution` must have one axis over lanes; its loss has the shape "
+            f"{np.shape(cast(Any, solution.stats['loss']))}."
+        )
+    return solution

@@ -1,0 +1,273 @@
+"""Pictures of sweeps. Needs matplotlib: `pip install 'jaxmf_opt[plot]'`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._solution import Solution, statuses
+from ._table import best_lane, lanes_of_solution
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, Normalize
+except ModuleNotFoundError as e:
+    raise ModuleNotFoundError(
+        "`jaxmf_opt.sweeps.plots` needs matplotlib: pip install 'jaxmf_opt[plot]'"
+    ) from e
+
+_FAILED = {
+    "nonlinear_max_steps_reached": ("v", "tab:orange", "limit of steps"),
+    "stagnation": ("s", "tab:brown", "stagnation"),
+    "nonfinite": ("x", "tab:red", "not finite"),
+}
+
+_TITLES = {
+    "grad_norm": "largest element of the gradient",
+    "loss": "loss above the least of its lane",
+}
+
+_Values = Float[Array, " lanes"] | np.ndarray | Sequence[float]
+
+
+def convergence(
+    solution: Solution,
+    values: _Values | None = None,
+    *,
+    of: str = "grad_norm",
+    label: str = "hyperparameter",
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws how lanes have converged: a line for each, over the steps.
+
+    Args:
+      solution: The solution of a sweep with `history=True`.
+      values: A number for each lane, for its colour.
+      of: What to draw: "grad_norm", the max-norm of the gradient, or "loss", how much
+        higher the loss is than at the end of its lane.
+      label: What the numbers are, for the colour bar.
+      log: Whether colours are by their logarithms.
+      ax: Where to draw; a new figure by default.
+
+    Returns:
+      The axes.
+
+    Raises:
+      TypeError: If `solution` is no solution.
+      ValueError: If it has no lanes or no history, `of` is unknown, or `values` are not
+        one for each lane.
+    """
+    stats = lanes_of_solution(solution).stats
+    if "history" not in stats:
+        raise ValueError("`solution` must be that of a sweep with `history=True`.")
+    if of not in _TITLES:
+        raise ValueError(f"`of` must be one of {', '.join(_TITLES)}, got {of!r}.")
+    rows = np.asarray(getattr(stats["history"], of), float)
+    if of == "loss":
+        rows = rows - np.asarray(stats["loss"], float)[:, None]
+        rows = np.where(rows > 0, rows, np.nan)
+    steps = np.arange(rows.shape[1])
+    ax = _axes(ax)
+    colours, mappable = ["tab:blue"] * len(rows), None
+    if values is not None:
+        of_lane = _checked("values", values, len(rows))
+        norm = (LogNorm if log else Normalize)(np.nanmin(of_lane), np.nanmax(of_lane))
+        mappable = ScalarMappable(norm, "viridis")
+        colours = mappable.to_rgba(of_lane)
+    # Of many lines each is faint.
+    style: dict[str, Any] = {"linewidth": 1.0, "alpha": max(0.1, 3 / (2 + len(rows)))}
+    if len(rows) <= 30:
+        style["alpha"] = 0.9
+    for row, colour in zip(rows, colours, strict=True):
+        ax.plot(steps, row, color=colour, **style)
+    names = statuses(solution.result)
+    taken = np.asarray(stats["num_steps"])
+    for name, (marker, colour, text) in _FAILED.items():
+        lanes = np.flatnonzero((names == name) & (taken > 0))
+        if lanes.size:
+            last = np.minimum(taken[lanes], rows.shape[1]) - 1
+            ax.plot(
+                *(last, rows[lanes, last], marker),
+                color=colour,
+                linestyle="none",
+                label=text,
+            )
+    ax.set_yscale("log")
+    if np.isfinite(rows[:, :1]).any():  # what diverges leaves by the upper edge
+        first = np.nanmax(rows[:, :1], where=np.isfinite(rows[:, :1]), initial=0.0)
+        ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * first) if first else None)
+    ax.set_xlabel("step")
+    ax.set_ylabel(_TITLES[of])
+    ax.set_title(f"Convergence of {len(rows)} lanes")
+    if mappable is not None:
+        ax.figure.colorbar(mappable, ax=ax, label=label)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return ax
+
+
+def final_loss(
+    solution: Solution,
+    values: _Values,
+    *,
+    label: str = "hyperparameter",
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws the loss of each lane over one hyperparameter.
+
+    Lanes that failed are marked by how; at the upper edge, if they have no finite loss
+    or one far above those of lanes that succeeded.
+
+    Args:
+      solution: The solution of a sweep.
+      values: The hyperparameter, a number for each lane.
+      label: What it is.
+      log: Whether its axis is logarithmic.
+      ax: Where to draw; a new figure by default.
+
+    Returns:
+      The axes.
+
+    Raises:
+      TypeError: If `solution` is no solution.
+      ValueError: If it has no lanes, none has a finite loss, or `values` are not one
+        for each.
+    """
+    best = best_lane(solution)
+    losses = np.asarray(solution.stats["loss"], float)
+    x = _checked("values", values, losses.size)
+    names = statuses(solution.result)
+    ax = _axes(ax)
+    top = _top(losses, names)
+    below = losses <= top
+    if np.unique(x).size == x.size:
+        order = np.argsort(x)
+        order = order[below[order]]
+        ax.plot(x[order], losses[order], "-", color="lightgray", zorder=0)
+    good = names == "successful"
+    if good.any():
+        ax.plot(x[good], losses[good], "o", color="tab:blue", label="successful")
+    edge = {"transform": ax.get_xaxis_transform(), "clip_on": False}
+    for name, (marker, colour, text) in _FAILED.items():
+        style: dict[str, Any] = {"color": colour, "linestyle": "none"}
+        lanes = (names == name) & below
+        if lanes.any():
+            ax.plot(x[lanes], losses[lanes], marker, label=text, **style)
+        lanes = (names == name) & ~below
+        if lanes.any():
+            text += ", above" if np.isfinite(losses[lanes]).all() else ", above or none"
+            ax.plot(x[lanes], np.ones(lanes.sum()), marker, label=text, **style, **edge)
+    ax.plot(
+        *(x[best], losses[best], "*"),
+        color="gold",
+        markeredgecolor="black",
+        markersize=14,
+        label=f"least: {losses[best]:.6g}",
+    )
+    if log:
+        ax.set_xscale("log")
+    ax.set_xlabel(label)
+    ax.set_ylabel("loss")
+    ax.set_title(f"Loss of {losses.size} lanes")
+    ax.legend()
+    return ax
+
+
+def heat_map(
+    solution: Solution,
+    x: _Values,
+    y: _Values,
+    *,
+    labels: tuple[str, str] = ("first hyperparameter", "second hyperparameter"),
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws the loss of each lane over a grid of two hyperparameters.
+
+    A cell for each pair of values that occur; of several lanes in one, the least loss.
+    Cells without a finite loss stay white; lanes that failed are marked by how. Colours
+    span the losses of lanes that succeeded, and a bit more.
+
+    Args:
+      solution: The solution of a sweep.
+      x: The first hyperparameter, a number for each lane.
+      y: The second.
+      labels: What they are.
+      log: Whether colours are by the logarithm of the loss.
+      ax: Where to draw; a new figure by default.
+
+    Returns:
+      The axes.
+
+    Raises:
+      TypeError: If `solution` is no solution.
+      ValueError: If it has no lanes, none has a finite loss, or `x` or `y` are not one
+        for each.
+    """
+    best = best_lane(solution)
+    losses = np.asarray(solution.stats["loss"], float)
+    columns, column = np.unique(_checked("x", x, losses.size), return_inverse=True)
+    rows, row = np.unique(_checked("y", y, losses.size), return_inverse=True)
+    cells = np.full((rows.size, columns.size), np.inf)
+    np.minimum.at(cells, (row, column), np.where(np.isfinite(losses), losses, np.inf))
+    ax = _axes(ax)
+    names = statuses(solution.result)
+    top = _top(losses, names)
+    norm = (LogNorm if log else Normalize)(vmax=min(top, losses[losses <= top].max()))
+    shown = np.ma.masked_invalid(cells)
+    image = ax.imshow(shown, origin="lower", aspect="auto", norm=norm)
+    extend = "max" if (shown > top).any() else "neither"
+    ax.figure.colorbar(image, ax=ax, label="loss", extend=extend)
+    for name, (marker, colour, text) in _FAILED.items():
+        lanes = names == name
+        if lanes.any():
+            style: dict[str, Any] = {"color": colour, "linestyle": "none"}
+            ax.plot(column[lanes], row[lanes], marker, label=text, **style)
+    ax.plot(
+        *(column[best], row[best], "*"),
+        color="gold",
+        markeredgecolor="black",
+        markersize=14,
+        label=f"least: {losses[best]:.6g}",
+        linestyle="none",
+    )
+    for axis, ticks in ((ax.xaxis, columns), (ax.yaxis, rows)):
+        shown = np.unique(
+            np.linspace(0, len(ticks) - 1, min(len(ticks), 8)).astype(int)
+        )
+        axis.set_ticks(shown, [f"{ticks[i]:.3g}" for i in shown])
+    ax.set_xlabel(labels[0])
+    ax.set_ylabel(labels[1])
+    ax.set_title(f"Loss of {losses.size} lanes")
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2, frameon=False)
+    return ax
+
+
+def _top(losses: np.ndarray, names: np.ndarray) -> float:
+    """Up to where losses are worth to be told apart."""
+    good = losses[(names == "successful") & np.isfinite(losses)]
+    if not good.size:
+        return losses[np.isfinite(losses)].max()
+    return good.max() + max(np.ptp(good), 1e-9 * abs(good.max()))
+
+
+def _axes(ax: Axes | None) -> Axes:
+    return plt.subplots(figsize=(7, 5), layout="constrained")[1] if ax is None else ax
+
+
+def _checked(name: str, values: Any, count: int) -> np.ndarray:
+    try:
+        array = np.asarray(values, float)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"`{name}` must be numbers, got {values!r}.") from e
+    if array.shape != (count,):
+        raise ValueError(
+            f"`{name}` must be a number for each of the {count} lanes, got an array of "
+            f"shape {array.shape}."
+        )
+    return array
