@@ -2,16 +2,17 @@
 
 import argparse
 import itertools
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 
-from ._callback import CallbackArgs
 from ._job import FAMILIES, Outcome, SetUp, run
 
 _DESCRIPTION = """\
@@ -85,12 +86,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     _check(parser, args)
-    options = {"rtol": args.rtol, "max_optimizer_steps": args.max_optimizer_steps}
+    options = {
+        "rtol": args.rtol,
+        "max_optimizer_steps": args.max_optimizer_steps,
+        "max_error": args.error == "max",
+        "progress": sys.stderr.isatty() and find_spec("tqdm") is not None,
+    }
+    finished = args.out / "finished"
+    if not args.resume:
+        shutil.rmtree(finished, ignore_errors=True)
     lines: list[Line] = []
     with jax.enable_x64():
         for name in dict.fromkeys(args.family):
-            setups = _setups(args, name)
-            lines += _lines(name, setups, max_error=args.error == "max", **options)
+            try:
+                lines += _lines(name, _setups(args, name), finished / name, **options)
+            except KeyboardInterrupt:
+                parser.exit(130, f"\n{parser.prog}: --resume goes on from here\n")
+            except (ValueError, OSError) as e:
+                if "`checkpoint_dir`" not in str(e):
+                    raise
+                option = "--resume" if isinstance(e, ValueError) else "--out"
+                parser.error(f"argument {option}: {e}")
     order = {t: i for i, t in enumerate(_trainings(args))}
     lines.sort(key=lambda line: order[line.training])  # and by family as before
     print(table(lines))
@@ -202,7 +218,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("out"),
         metavar="DIR",
-        help="directory for strategies.npz and strategies.png (default: out)",
+        help="directory for strategies.npz, strategies.png and what is finished of a "
+        "run (default: out)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with a run of the same arguments that was killed or interrupted",
     )
     return parser
 
@@ -257,14 +279,14 @@ def _setups(args: argparse.Namespace, name: str) -> list[SetUp]:
     ]
 
 
-def _lines(name: str, setups: list[SetUp], **options: Any) -> list[Line]:
+def _lines(
+    name: str, setups: list[SetUp], directory: Path, **options: Any
+) -> list[Line]:
     """Runs the set-ups of a family, and tells how it goes."""
     family = FAMILIES[name]
-    progress = _Progress(name)
     lines: list[Line | None] = [None] * len(setups)
     started = time.perf_counter()
-    for lanes, outcome in run(family, setups, callback=progress, **options):
-        progress.clear()
+    for lanes, outcome in run(family, setups, directory, **options):
         took = time.perf_counter() - started
         print(f"{name}: {len(lanes)} set-ups in {took:.1f} s", flush=True)
         for row, lane in enumerate(lanes):
@@ -273,31 +295,6 @@ def _lines(name: str, setups: list[SetUp], **options: Any) -> list[Line]:
             lines[lane] = Line(name, setups[lane], kept, of_lane)
         started = time.perf_counter()
     return [line for line in lines if line is not None]
-
-
-class _Progress:
-    """A line on the terminal, told of each step of each lane by the running solve."""
-
-    def __init__(self, name: str):
-        self._name = name
-        self._step, self._running = -1, 0
-        self._shown = 0.0
-
-    def __call__(self, info: CallbackArgs) -> None:
-        """Counts the lanes that are still running at the latest step."""
-        if info.step != self._step:
-            self._step, self._running = info.step, 0
-        self._running += 1
-        now = time.perf_counter()
-        if now - self._shown > 0.2 and sys.stderr.isatty():
-            self._shown = now
-            line = f"{self._name}: step {self._step}, {self._running} set-ups run"
-            print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Takes the line away."""
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -1,12 +1,12 @@
 """The main job: the best mechanism of each family for each training set-up.
 
-All set-ups of a family whose arrays have the same sizes are lanes of one jitted,
-vmapped solve.
+All set-ups of a family whose arrays have the same sizes are lanes of one sweep.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import optimistix as optx
 from jaxtyping import Array
 
 from ._optimizer import DEFAULT_OPTIMIZER
-from ._solve import solve
+from ._solution import Solution
 from .losses import (
     BandedInverseToeplitz,
     BandedToeplitz,
@@ -26,6 +26,7 @@ from .losses import (
     workloads,
 )
 from .robust import ROBUST_OPTIMIZER
+from .sweeps import sweep
 
 
 class SetUp(NamedTuple):
@@ -76,6 +77,8 @@ class Family:
       static: The part of a set-up that may not be traced.
       needed: What training needs, of a mechanism and its parameters.
       kept: How many vectors of noise, as large as the model, training keeps.
+      has_grad: Whether the loss comes with its gradient.
+      batch_size: As in `sweep`.
     """
 
     sizes: str
@@ -84,6 +87,8 @@ class Family:
     static: Callable[[SetUp], Any]
     needed: Callable[[Any, Array], dict[str, Array]]
     kept: Callable[[SetUp], int]
+    has_grad: bool = False
+    batch_size: int | None = None
 
 
 def _make_banded(kind: Any) -> Callable[..., Any]:
@@ -101,8 +106,9 @@ def _make_buffered(
 
 
 def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Dense:
+    del s  # of which all have the same number of rows
     matrix = workloads.matrix(workload_coef)
-    return Dense(s.n, workload_matrix=matrix, **options)
+    return Dense(most.n, workload_matrix=matrix, **options)
 
 
 FAMILIES = {
@@ -136,70 +142,100 @@ FAMILIES = {
         sizes="rows",
         optimizer=optax.lbfgs(memory_size=10),
         make=_make_dense,
-        # One after the other: steps are long, and no lane waits for another.
-        static=lambda s: s,
+        static=lambda s: s.n,
         needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
         kept=lambda s: s.n - 1,
+        has_grad=True,
+        # Steps are long, so no lane should wait for another.
+        batch_size=1,
     ),
 }
 
 
 def run(
-    family: Family, setups: Sequence[SetUp], **options: Any
+    family: Family,
+    setups: Sequence[SetUp],
+    directory: Path,
+    *,
+    max_error: bool,
+    **options: Any,
 ) -> Iterator[tuple[list[int], Outcome]]:
-    """Optimizes mechanisms, those whose arrays have the same sizes in one program.
+    """Optimizes mechanisms, those whose arrays have the same sizes in one sweep.
 
     Args:
       family: The family.
       setups: The set-ups.
-      **options: Those of `solve`, and `max_error`: whether the error is the largest of
-        all steps, and not their mean.
+      directory: Where sweeps keep what they have finished.
+      max_error: Whether the error is the largest of all steps, and not their mean.
+      **options: Those of `sweep`.
 
     Yields:
-      For each program: which of the set-ups were its lanes, and what came out, with a
+      For each sweep: which of the set-ups were its lanes, and what came out, with a
       leading axis.
     """
-    for key in dict.fromkeys(map(family.static, setups)):
+    for number, key in enumerate(dict.fromkeys(map(family.static, setups))):
         lanes = [i for i, s in enumerate(setups) if family.static(s) == key]
         columns = SetUp(*map(np.array, zip(*(setups[i] for i in lanes), strict=True)))
         most = SetUp(*(column.max().item() for column in columns))
-        optimized = functools.partial(_optimized, family, most=most, **options)
-        if len(lanes) == 1:
-            outcome = jax.tree.map(lambda x: x[None], optimized(most))
-        else:
-            outcome = jax.jit(jax.vmap(optimized))(columns)
-        yield lanes, jax.device_get(outcome)
+        training = functools.partial(_Training, family, most, max_error)
+        start = jax.jit(jax.vmap(lambda s: training(s).start()))(columns)  # noqa: B023
+        solution = sweep(
+            lambda params, s: training(s).loss_fn(params),  # noqa: B023
+            start,
+            columns,
+            in_axes=0,
+            grad=family.has_grad,
+            optimizer=family.optimizer,
+            batch_size=family.batch_size,
+            checkpoint_dir=directory / str(number),
+            keep_states=False,
+            **options,
+        )
+
+        def outcome(s: SetUp, start: Array, solution: Solution) -> Outcome:
+            return training(s).outcome(start, solution)  # noqa: B023
+
+        out = jax.jit(jax.vmap(outcome))(columns, start, solution)
+        yield lanes, jax.device_get(out)
 
 
-def _optimized(
-    family: Family, s: SetUp, *, most: SetUp, max_error: bool, **options: Any
-) -> Outcome:
-    participation = {
-        "min_sep": s.n // s.epochs,
-        "max_participations": 1 if most.epochs == 1 else s.epochs,
-    }
-    workload_coef = workloads.momentum(most.n, s.momentum)
-    described = {"max_error": max_error, **participation}
-    mechanism = family.make(s, most, workload_coef, **described)
-    independent = BandedToeplitz(s.n, 1, workload_coef=workload_coef, **described)
-    start = mechanism.initial_params()
-    if isinstance(mechanism, Dense):
-        loss_fn, has_grad = mechanism.loss_and_gradient, True
+class _Training:
+    """A set-up with its mechanism."""
 
-        def loss(params: Array) -> Array:
-            return loss_fn(params)[0] * mechanism.sensitivity_squared(params)
+    def __init__(self, family: Family, most: SetUp, max_error: bool, s: SetUp):
+        workload_coef = workloads.momentum(most.n, s.momentum)
+        described = {
+            "max_error": max_error,
+            "min_sep": s.n // s.epochs,
+            "max_participations": 1 if most.epochs == 1 else s.epochs,
+        }
+        self._needed = family.needed
+        self._mechanism = family.make(s, most, workload_coef, **described)
+        self._independent = BandedToeplitz(
+            s.n, 1, workload_coef=workload_coef, **described
+        )
 
-    else:
-        loss_fn = loss = mechanism.loss
-        has_grad = False
-    solution = solve(
-        loss_fn, start, grad=has_grad, optimizer=family.optimizer, **options
-    )
-    return Outcome(
-        mechanism=family.needed(mechanism, solution.value),
-        optimizer_steps=solution.stats["num_steps"],
-        converged=solution.result == optx.RESULTS.successful,
-        error_independent=jnp.sqrt(independent.loss(jnp.ones(1))),
-        error_before=jnp.sqrt(loss(start)),
-        error_after=jnp.sqrt(loss(solution.value)),
-    )
+    def start(self) -> Array:
+        return self._mechanism.initial_params()
+
+    def loss_fn(self, params: Array) -> Any:
+        """What is optimized."""
+        if isinstance(self._mechanism, Dense):
+            return self._mechanism.loss_and_gradient(params)
+        return self._mechanism.loss(params)
+
+    def outcome(self, start: Array, solution: Solution) -> Outcome:
+        return Outcome(
+            mechanism=self._needed(self._mechanism, solution.value),
+            optimizer_steps=solution.stats["num_steps"],
+            converged=solution.result == optx.RESULTS.successful,
+            error_independent=jnp.sqrt(self._independent.loss(jnp.ones(1))),
+            error_before=self._error(start),
+            error_after=self._error(solution.value),
+        )
+
+    def _error(self, params: Array) -> Array:
+        loss = self.loss_fn(params)
+        if isinstance(self._mechanism, Dense):  # which is optimized for sensitivity 1
+            loss = loss[0] * self._mechanism.sensitivity_squared(params)
+        return jnp.sqrt(loss)

@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -318,10 +320,10 @@ class TestOutput:
         messages = [x for x in families_job.out.splitlines() if " set-ups in " in x]
         assert families_job.out.splitlines()[: len(messages)] == messages
         assert all(x.endswith(" s") for x in messages)
-        # Dense matrices one after the other.
+        # Those with arrays of the same sizes together.
         assert [x.split(" in ")[0] for x in messages] == [
             "blt: 4 set-ups",
-            *["dense: 1 set-ups"] * 4,
+            *["dense: 2 set-ups"] * 2,
             "banded-inverse-toeplitz: 8 set-ups",
             "banded-toeplitz: 8 set-ups",
         ]
@@ -621,11 +623,15 @@ ACCEPTED: dict[str, tuple[list[str], list[SetUp]]] = {
 class TestAcceptedArguments:
     @pytest.mark.parametrize("case", ACCEPTED)
     def test_set_ups(self, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        def stop(family: object, setups: Sequence[SetUp], **options: object) -> None:
-            assert options.pop("max_error") is False
-            assert options.pop("rtol") == 1e-6
-            assert options.pop("max_optimizer_steps") == 500
-            assert set(options) == {"callback"}
+        def stop(
+            family: object, setups: Sequence[SetUp], _: Path, **options: object
+        ) -> None:
+            assert options == {
+                "max_error": False,
+                "rtol": 1e-6,
+                "max_optimizer_steps": 500,
+                "progress": False,
+            }
             raise _Reached(setups)
 
         argv, want = ACCEPTED[case]
@@ -734,6 +740,92 @@ class TestBadArguments:
         check_refusal(exit_.value.code, out, err, "--out", str(tmp_path))
 
 
+RESUMED = ("--steps", 8, 12, "--momentum", 0.5, "--bands", 1, 3)
+
+
+class TestResume:
+    def test_nothing_is_solved_again(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        first = run(capsys, tmp_path, RESUMED)
+        kept = sorted((tmp_path / "finished").rglob("*.npz"))
+        written = [file.stat().st_mtime_ns for file in kept]
+        assert [file.name for file in kept] == ["000000.npz", "sweep.npz"]
+        again = run(capsys, tmp_path, ("--resume", *RESUMED))
+        assert sorted((tmp_path / "finished").rglob("*.npz")) == kept
+        assert [file.stat().st_mtime_ns for file in kept] == written
+        _same_arrays(first, again)
+
+    def test_without_it_all_begins_anew(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        run(capsys, tmp_path, RESUMED)
+        old = tmp_path / "finished" / "of another run"
+        old.write_text("")
+        run(capsys, tmp_path, RESUMED)
+        assert not old.exists()
+
+    def test_another_run_is_refused(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        run(capsys, tmp_path, RESUMED)
+        with pytest.raises(SystemExit) as exit_:
+            arguments = ("--resume", *RESUMED, 2, "--out", tmp_path)
+            main([*map(str, arguments)])
+        _, err = capsys.readouterr()
+        assert exit_.value.code == 2
+        assert "--resume" in err
+        assert "belongs to another sweep" in err
+
+    def test_what_is_finished_cannot_be_written(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        (tmp_path / "finished").write_text("in the way")
+        with pytest.raises(SystemExit) as exit_:
+            main([*map(str, RESUMED), "--resume", "--out", str(tmp_path)])
+        out, err = capsys.readouterr()
+        check_refusal(exit_.value.code, out, err, "--out", str(tmp_path / "finished"))
+
+    def test_killed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        """A run that is killed between two families goes on with the second."""
+        arguments = ("--family", "banded-toeplitz", "blt", *RESUMED, "--buffers", 1)
+        whole = run(capsys, tmp_path / "whole", arguments)
+        out = tmp_path / "killed"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxmf_opt", *map(str, arguments), "--out", out],
+            stdout=subprocess.DEVNULL,
+            env=_ENVIRONMENT,
+        )
+        first = out / "finished" / "banded-toeplitz" / "0" / "000000.npz"
+        limit = time.monotonic() + 60
+        while not first.exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        _same_arrays(whole, run(capsys, out, ("--resume", *arguments)))
+
+    def test_interrupted(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        def stop(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("jaxmf_opt.__main__.run", stop)
+        with pytest.raises(SystemExit) as exit_:
+            main([*map(str, RESUMED), "--out", str(tmp_path)])
+        assert exit_.value.code == 130
+        assert "--resume" in capsys.readouterr().err
+
+
+def _same_arrays(one: Job, other: Job) -> None:
+    assert one.arrays.keys() == other.arrays.keys()
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name], err_msg=name)
+
+
 def test_help(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
@@ -744,7 +836,7 @@ def test_help(capsys: pytest.CaptureFixture[str]):
     options = (
         "family steps epochs momentum bands buffers error max-optimizer-steps rtol"
     )
-    for word in (*options.split(), "out"):
+    for word in (*options.split(), "out", "resume"):
         assert f"\n  --{word} " in out
     for family in FAMILIES:
         assert f"\n  {family} " in out
@@ -763,12 +855,15 @@ class TestAsAProcess:
         check_refusal(done.returncode, done.stdout, done.stderr, *words)
 
 
+# JAX need not look for accelerators, nor talk about it.
+_ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
 def _process(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "jaxmf_opt", *argv],
         capture_output=True,
         text=True,
         timeout=120,
-        # JAX need not look for accelerators, nor talk about it.
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=_ENVIRONMENT,
     )

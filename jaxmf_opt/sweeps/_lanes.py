@@ -27,7 +27,7 @@ class Lanes:
     mapped: tuple[PyTree, ...]
     shared: tuple[PyTree, ...]
 
-    def take(self, lanes: Int[np.ndarray, " width"]) -> tuple[PyTree, ...]:
+    def take(self, lanes: Int[np.ndarray, "*lanes"]) -> tuple[PyTree, ...]:
         """The mapped leaves of some lanes."""
         return jax.tree.map(lambda x: x[lanes], self.mapped)
 
