@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from ._files import write_npz
 from ._job import FAMILIES, Outcome, SetUp, run
 
 _DESCRIPTION = """\
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines.sort(key=lambda line: order[line.training])  # and by family as before
     print(table(lines))
     print(_COLUMNS)
-    np.savez(args.out / "strategies.npz", allow_pickle=False, **arrays(lines))
+    write_npz(args.out / "strategies.npz", arrays(lines))
     print(f"wrote {args.out / 'strategies.npz'}")
     try:
         from ._plot import plot_mechanisms

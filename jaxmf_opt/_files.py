@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **cast(Any, arrays))
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

@@ -1,6 +1,7 @@
 """Brings the lanes of a sweep to their ends, and keeps what comes out of each."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from .._solution import Solution
+from .._state import SolverState
 from ._crew import Crew, Outcome
 from ._journal import Journal
 from ._meter import Meter
@@ -55,39 +57,18 @@ def solve_lanes(
     Raises:
       SweepInterrupted: If the user interrupts it.
     """
-    table = _Table(count)
+    table = _Table(count, keep_states)
     widths = narrower_widths(width, crew.mesh.size)
     remaining, states, generation = np.arange(count), None, 0
     try:
         while remaining.size:
             plan = list(blocks(generation, remaining, widths, crew.mesh.size))
-            left: dict[str, tuple[Any, PyTree]] = {}
-
-            def accept(block: Block, outcome: Outcome, left: Any = left) -> None:
-                solution, state, running = outcome
-                meter.add(solution, ~running)
-                if keep_states:
-                    state_without = state._replace(
-                        minimiser=state.minimiser.with_history(None)
-                    )
-                    solution = eqx.tree_at(
-                        lambda s: s.state, solution, state_without, is_leaf=_is_none
-                    )
-                table.put(block.lanes, solution, ~running)
-                rows = jax.tree.map(lambda x: x[running], state)
-                left[block.name] = block.lanes[running], rows
-
-            todo = []
-            for block in plan:
-                arrays = None if journal is None else journal.record(block.name)
-                if arrays is None:
-                    todo.append(block)
-                else:
-                    accept(block, _from_record(arrays, crew.structs(block.width)))
-            for block, outcome in crew.run(todo, states):
-                accept(block, outcome)
-                if journal is not None:
-                    journal.add(block.name, _to_record(outcome, keep_states))
+            left: dict[str, tuple[Any, SolverState]] = {}
+            each = _outcomes(plan, states, crew, journal, keep_states)
+            with contextlib.closing(each):  # so that an exception here ends it
+                for block, outcome in each:
+                    meter.add(outcome.solution, ~outcome.running)
+                    left[block.name] = table.put(block.lanes, outcome)
             lanes, rows = zip(*(left[block.name] for block in plan), strict=True)
             remaining = np.concatenate(lanes)
             states = jax.tree.map(lambda *x: np.concatenate(x), *rows)
@@ -100,35 +81,62 @@ def solve_lanes(
     return table.whole
 
 
+def _outcomes(
+    plan: Sequence[Block],
+    states: SolverState | None,
+    crew: Crew,
+    journal: Journal | None,
+    keep_states: bool,
+) -> Generator[tuple[Block, Outcome]]:
+    """What comes out of the blocks of a generation: what is known of them first."""
+    todo = []
+    for block in plan:
+        arrays = None if journal is None else journal.record(block.name)
+        if arrays is None:
+            todo.append(block)
+        else:
+            yield block, _from_record(arrays, crew.structs(block.width))
+    with contextlib.closing(crew.run(todo, states)) as outcomes:
+        for block, outcome in outcomes:
+            if journal is not None:
+                journal.add(block.name, _to_record(outcome, keep_states))
+            yield block, outcome
+
+
 class _Table:
     """Solutions by lane."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, keep_states: bool):
         self._has_ended = np.zeros(count, bool)
+        self._keep_states = keep_states
         self.whole: Any = None
 
-    def put(self, lanes: Any, solution: Solution, ended: Any) -> None:
-        """Keeps the rows of lanes that have ended."""
-        count = self._has_ended.size
+    def put(self, lanes: Any, outcome: Outcome) -> tuple[Any, SolverState]:
+        """Keeps what came out of lanes that have ended; returns the others."""
+        solution, state, running = outcome
+        if self._keep_states:
+            of_lane = SolverState(state.params, state.minimiser.with_history(None))
+            solution = eqx.tree_at(
+                lambda s: s.state, solution, of_lane, is_leaf=lambda x: x is None
+            )
         if self.whole is None:
+            count = self._has_ended.size
             self.whole = jax.tree.map(
                 lambda x: np.empty((count, *x.shape[1:]), x.dtype), solution
             )
+        ended = lanes[~running]
 
         def write(whole: np.ndarray, rows: np.ndarray) -> None:
-            whole[lanes[ended]] = rows[ended]
+            whole[ended] = rows[~running]
 
         jax.tree.map(write, self.whole, solution)
-        self._has_ended[lanes[ended]] = True
+        self._has_ended[ended] = True
+        return lanes[running], jax.tree.map(lambda x: x[running], state)
 
     def ended(self) -> tuple[Any, Any]:
         """The lanes that have ended, and their solution."""
         rows = lambda x: jnp.asarray(x[self._has_ended])  # noqa: E731
         return np.flatnonzero(self._has_ended), jax.tree.map(rows, self.whole)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _to_record(outcome: Outcome, keep_states: bool) -> dict[str, np.ndarray]:

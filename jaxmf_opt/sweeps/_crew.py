@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ class Crew:
 
     def run(
         self, blocks: Sequence[Block], states: SolverState | None
-    ) -> Iterator[tuple[Block, Outcome]]:
+    ) -> Generator[tuple[Block, Outcome]]:
         """Solves blocks, and yields each when it is done.
 
         Args:
