@@ -15,6 +15,7 @@ from optimistix import RESULTS
 
 from ._custom_types import Aux, Y
 from ._linesearch import count_trials, stored, without_trials
+from ._optimizer import as_optax_expects
 from ._select import select, select_if_batched
 from ._state import Evaluated, Evaluations, History, MinimiserState
 
@@ -116,7 +117,8 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         if "state" in options:
             return options["state"]
         zeros = jax.tree.map(jnp.zeros_like, y)
-        opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
+        with as_optax_expects():
+            opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
         no_aux = not jax.tree.leaves(aux_struct)
         unknown, no = jnp.array(jnp.nan, dtype), jnp.array(False)
         none = jnp.array(0, int)
@@ -314,10 +316,12 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         point of infinite loss: its first trial is accepted.
         """
         zeros = jax.tree.map(jnp.zeros_like, grad)
+        with as_optax_expects():
+            fresh = self.optim.init(y)
         shown_loss, shown_grad, shown_state = select_if_batched(
             active,
             (loss, grad, state.opt_state),
-            (jnp.full_like(loss, jnp.inf), zeros, self.optim.init(y)),
+            (jnp.full_like(loss, jnp.inf), zeros, fresh),
         )
         is_searching = False
 
@@ -326,14 +330,15 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             is_searching = True
             return select_if_batched(active, fn(y, args)[0], jnp.zeros_like(loss))
 
-        update, opt_state = self.optim.update(
-            shown_grad,
-            without_trials(shown_state),
-            y,
-            value=shown_loss,
-            grad=shown_grad,
-            value_fn=shown_fn,
-        )
+        with as_optax_expects():
+            update, opt_state = self.optim.update(
+                shown_grad,
+                without_trials(shown_state),
+                y,
+                value=shown_loss,
+                grad=shown_grad,
+                value_fn=shown_fn,
+            )
         opt_state, evaluations = count_trials(
             shown_state, opt_state, is_searching=is_searching
         )

@@ -1,8 +1,9 @@
 """The default optimizer, and when two optimizers are one."""
 
+import contextlib
 import functools
 import types
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +26,17 @@ _LIBRARIES = frozenset(
 )
 
 _ATOMS = (types.BuiltinFunctionType, type(jax.jit(len)), type(jnp.add))
+
+
+@contextlib.contextmanager
+def as_optax_expects() -> Iterator[None]:
+    """The setting in which optax is traced: it mixes types and ranks of arrays.
+
+    Whoever is stricter with code of their own (`jax_numpy_dtype_promotion`,
+    `jax_numpy_rank_promotion`) still has their loss traced as they want it.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 class _NotComparableError(Exception):

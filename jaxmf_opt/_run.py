@@ -326,7 +326,7 @@ class Recipe:
 
     def _in_range(self, x: Array) -> Array:
         """In the caller's dtype; a finite number stays one."""
-        most = jnp.finfo(self._float_dtype).max
+        most = jnp.asarray(jnp.finfo(self._float_dtype).max, x.dtype)
         x = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
         return x.astype(self._float_dtype)
 

@@ -1,0 +1,103 @@
+"""Solves in programs that forbid to mix types and ranks of arrays.
+
+optax and optimistix mix them, and must not be asked not to; the user's loss must.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.dtypes import TypePromotionError
+
+from jaxmf_opt import (
+    DEFAULT_OPTIMIZER,
+    ROBUST_OPTIMIZER,
+    LeanOptaxMinimiser,
+    solve,
+    sweep,
+    traced,
+)
+
+OPTIMIZERS = {
+    "default": DEFAULT_OPTIMIZER,
+    "robust": ROBUST_OPTIMIZER,
+    "zoom": optax.lbfgs(),
+    "adam": optax.adam(0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def strict(x64: bool) -> Iterator[None]:
+    del x64
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def run(center: Any, **options: Any) -> Any:
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum((x - jnp.asarray(center, x.dtype)) ** 2)
+
+    options = {"max_optimizer_steps": 30, "rtol": 1e-6, **options}
+    return solve(loss, jnp.zeros(3), **options)
+
+
+def value(center: Any) -> jax.Array:
+    return run(center).value.sum()
+
+
+WAYS: dict[str, Callable[[jax.Array], Any]] = {
+    "eager": lambda c: run(c[0]),
+    "vmap of jit": lambda c: jax.vmap(jax.jit(run))(c),
+    "jit of vmap": lambda c: jax.jit(jax.vmap(run))(c),
+    "gradient": lambda c: jax.grad(value)(c[0]),
+    "Hessian": lambda c: jax.hessian(value)(c[0]),
+    "callback": lambda c: run(c[0], callback=lambda _: False),
+    "callback in a program": lambda c: jax.jit(
+        lambda c: run(c, callback=lambda _: False)
+    )(c[0]),
+    "traced callback": lambda c: run(c[0], callback=traced(lambda i: i.loss < 0.1)),
+    "history": lambda c: jax.jit(lambda c: run(c, history=True))(c[0]),
+    "state": lambda c: jax.jit(lambda c: run(c, state=run(c).state))(c[0]),
+    "throw": lambda c: jax.jit(lambda c: run(c, throw=True))(c[0]),
+    "sweep": lambda c: sweep(
+        lambda x, c: jnp.sum((x - c.astype(x.dtype)) ** 2), jnp.zeros(3), c, rtol=1e-6
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_solve(way: str):
+    jax.block_until_ready(WAYS[way](jnp.array([0.5, 1.0])))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_the_same_steps(name: str):
+    strictly = run(0.5, optimizer=OPTIMIZERS[name])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        freely = run(0.5, optimizer=OPTIMIZERS[name])
+    jax.tree.map(np.testing.assert_array_equal, strictly, freely)
+
+
+def test_the_loss_is_held_to_it():
+    with pytest.raises(TypePromotionError, match="float64"):
+        solve(lambda x: jnp.sum(x * jnp.ones(3, jnp.bfloat16)), jnp.zeros(3))
+    with pytest.raises(ValueError, match="rank_promotion"):
+        solve(lambda x: jnp.sum(x * jnp.ones((2, 3))), jnp.zeros(3))
+
+
+def test_the_loss_is_held_to_it_in_a_line_search():
+    """Where the minimiser is used by itself, optax calls the loss."""
+    solver = LeanOptaxMinimiser(optax.lbfgs(), rtol=1e-6)
+    y = jnp.zeros(3)
+    f = jax.ShapeDtypeStruct((), y.dtype)
+
+    def loss(y: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jnp.sum(y * jnp.ones((2, 3))), None
+
+    state = solver.init(loss, y, None, {}, f, None, frozenset())
+    with pytest.raises(ValueError, match="rank_promotion"):
+        solver.step(loss, y, None, {}, state, frozenset())
