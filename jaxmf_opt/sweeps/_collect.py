@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
+from .._keys import as_key
 from .._solution import Solution
 from .._state import SolverState
 from ._crew import Crew, Outcome
@@ -74,11 +75,29 @@ def solve_lanes(
             states = jax.tree.map(lambda *x: np.concatenate(x), *rows)
             generation += 1
     except KeyboardInterrupt:
-        raise SweepInterrupted(*table.ended()) from None
+        lanes, solution = table.ended()
+        if solution is not None:
+            solution = as_arrays(solution, crew.structs(width)[1])
+        raise SweepInterrupted(crew.numbers[lanes], solution) from None
     finally:
         if journal is not None:
             journal.write()
     return table.whole
+
+
+def as_arrays(solution: Solution, state: SolverState) -> Solution:
+    """Makes JAX's arrays of NumPy's, and random keys of their data.
+
+    Args:
+      solution: The solution, with states or without.
+      state: The `jax.ShapeDtypeStruct`s of a state.
+    """
+    arrays = jax.tree.map(jnp.asarray, solution)
+    if arrays.state is None:
+        return arrays
+    like = SolverState(state.params, state.minimiser.with_history(None))
+    keyed = jax.tree.map(as_key, arrays.state, like)
+    return eqx.tree_at(lambda s: s.state, arrays, keyed)
 
 
 def _outcomes(
@@ -135,7 +154,7 @@ class _Table:
 
     def ended(self) -> tuple[Any, Any]:
         """The lanes that have ended, and their solution."""
-        rows = lambda x: jnp.asarray(x[self._has_ended])  # noqa: E731
+        rows = lambda x: x[self._has_ended]  # noqa: E731
         return np.flatnonzero(self._has_ended), jax.tree.map(rows, self.whole)
 
 

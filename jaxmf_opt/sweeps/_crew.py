@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool, Int, PyTree
 
 from .._callback import CallbackFnType, Lane
 from .._keys import as_key, as_numpy, is_key
@@ -47,12 +47,14 @@ class Crew:
 
     Attributes:
       mesh: The devices over which a batch is split.
+      numbers: The numbers of its lanes in the whole sweep.
     """
 
     def __init__(
         self,
         setting: LaneSetting,
         lanes: Lanes,
+        numbers: Int[np.ndarray, " lanes"],
         mesh: Mesh,
         callback: CallbackFnType | None,
         workers: int,
@@ -62,11 +64,12 @@ class Crew:
         Args:
           setting: What all lanes have in common.
           lanes: Their parameters, hyperparameters, and states to go on from, or None.
+          numbers: Their numbers in the sweep, of which this may be a part only.
           mesh: The devices over which a batch is split.
           callback: Told of each step, on the calling thread.
           workers: How many blocks are solved at a time, without a callback.
         """
-        self.mesh = mesh
+        self.mesh, self.numbers = mesh, numbers
         self._setting, self._lanes = setting, lanes
         self._callback, self._workers = callback, workers
         self._programs: dict[int, tuple[BatchProgram, BatchProgram]] = {}
@@ -198,7 +201,7 @@ class Crew:
                 continue
             of_lane: SolverState = jax.tree.unflatten(treedef, [x[row] for x in arrays])
             info = info_after(of_lane, int(of_lane.minimiser.step) - 1)
-            key = self._lane_objects.setdefault(lane, Lane((lane,)))
+            key = self._lane_objects.setdefault(lane, Lane((int(self.numbers[lane]),)))
             told = info.told_by(key, lambda of_lane=of_lane: of_lane)
             interrupted[row] |= bool(self._callback(told))
         flags = lambda s: s.minimiser.interrupted  # noqa: E731

@@ -7,6 +7,7 @@ before, so a run that reads some of them goes on exactly as the one that wrote t
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import numpy as np
 from .._files import read_npz, write_npz
 
 _MANIFEST = "sweep.npz"
+_LEFTOVER = re.compile(r"\.(\d+|sweep)\.npz\w{8}")
 
 
 class Journal:
@@ -47,8 +49,9 @@ class Journal:
         self._number = 0
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self._directory.glob(".*.npz*"):  # of a run that was killed
-                leftover.unlink()
+            for path in self._directory.iterdir():
+                if _LEFTOVER.fullmatch(path.name):  # of a run that was killed
+                    path.unlink()
             self._check(identity)
         except OSError as e:
             raise type(e)(
@@ -77,12 +80,14 @@ class Journal:
 
     def _check(self, identity: Mapping[str, str]) -> None:
         path = self._directory / _MANIFEST
-        if not path.exists():
+        if not path.exists() and not self._files():
             text = json.dumps(dict(identity))
             write_npz(path, {"identity": np.array(text)})
             return
         try:
             known = json.loads(str(read_npz(path)["identity"]))
+            if not isinstance(known, dict):
+                raise ValueError(f"{path} does not say what the records are of")
         except (ValueError, KeyError) as e:
             raise ValueError(
                 f"`checkpoint_dir` {str(self._directory)!r} is damaged: {e}. Remove "
@@ -100,14 +105,20 @@ class Journal:
                 "directory, or give another."
             )
 
+    def _files(self) -> list[Path]:
+        numbered = [p for p in self._directory.glob("*.npz") if p.stem.isdecimal()]
+        return sorted(numbered, key=lambda path: int(path.stem))
+
     def _read(self) -> None:
-        for path in sorted(self._directory.glob("[0-9]*.npz")):
+        for path in self._files():
             self._number = max(self._number, int(path.stem) + 1)
             try:
                 arrays = read_npz(path)
             except ValueError as e:
+                path.unlink()
                 warnings.warn(
-                    f"`checkpoint_dir`: {e}. What was in this file is solved again.",
+                    f"`checkpoint_dir`: {e}. It is removed, and what was in it is "
+                    "solved again.",
                     stacklevel=2,
                 )
                 continue

@@ -135,6 +135,12 @@ def _lanes_in_front(where: str, leaf: Any, axis: Any) -> Any:
             f"{type(leaf).__name__}. Make an array of what differs between lanes, or "
             "map None there in `in_axes`."
         )
+    is_number = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_
+    if not (is_number or is_key(leaf)):
+        raise TypeError(
+            f"{where} must hold numbers to be mapped, got an array of dtype "
+            f"{leaf.dtype}. What is no number cannot differ between lanes."
+        )
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
             f"{where} must have the axis {axis} that `in_axes` maps, got an array of "

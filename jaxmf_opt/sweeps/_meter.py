@@ -32,7 +32,8 @@ class Meter:
                 raise ModuleNotFoundError(
                     "`progress` needs tqdm: pip install 'jaxmf_opt[progress]'"
                 ) from e
-            self._bar = tqdm(total=total, unit="lane", smoothing=0.1)
+            # (Nobody knows how long the next block takes, so each is shown at once.)
+            self._bar = tqdm(total=total, unit="lane", miniters=1, mininterval=0)
 
     def add(self, solution: Solution, ended: Bool[np.ndarray, " lanes"]) -> None:
         """Counts lanes.

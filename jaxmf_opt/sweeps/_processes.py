@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int, PyTree
+from jaxtyping import PyTree
 
 
-def parts(mesh: Mesh, count: int) -> list[Int[np.ndarray, " part"]]:
+def parts(mesh: Mesh, count: int) -> list[np.ndarray]:
     """The lanes of each process, by their numbers.
 
     Args:
@@ -35,7 +35,7 @@ def own_devices(mesh: Mesh) -> list[Any]:
     return [d for d in mesh.devices.flat if d.process_index == mine]
 
 
-def gather(tree: PyTree, parts: list[Int[np.ndarray, " part"]]) -> PyTree:
+def gather(tree: PyTree, parts: list[np.ndarray]) -> PyTree:
     """Brings the lanes of all processes together, in their order, in each of them.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, cast
 
-import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,6 @@ from .._checks import (
     check_steps,
     check_tolerance,
 )
-from .._keys import as_key
 from .._minimiser import Tolerance
 from .._optimizer import DEFAULT_OPTIMIZER
 from .._run import Tolerances
@@ -33,7 +32,7 @@ from .._state import SolverState
 from .._watch import watch
 from .._x64 import caller_dtype, inside_region, is_traced
 from ._batch import digest_of, local_mesh
-from ._collect import solve_lanes
+from ._collect import as_arrays, solve_lanes
 from ._crew import Crew
 from ._journal import Journal
 from ._lane import LaneSetting, is_function
@@ -143,11 +142,7 @@ def sweep(
     for name, value in (flags | {"keep_states": keep_states}).items():
         check_flag(name, value)
     tolerances = Tolerances(*cast(Any, (rtol, atol, gtol)))
-    if is_traced((params, hyperparams, state, tolerances)):
-        raise TypeError(
-            "`sweep` is a job of ordinary Python: its arguments must not be traced. "
-            "Inside of a compiled program, use `jax.vmap` of `solve`."
-        )
+    _refuse_traced("its arguments", params, hyperparams, state, tolerances)
     problems = [("params", params), ("hyperparams", hyperparams)]
     lanes = lanes_of(problems, in_axes)
     mesh = _check_mesh(mesh, lanes.count)
@@ -179,6 +174,7 @@ def sweep(
     like = _state_structs(setting, lanes)
     if compiled or on_host:
         watcher, watched = watch(combine(*compiled), like[0])
+        _refuse_traced("what `callback` closes over", watched)
         setting = setting._replace(watch=watcher, watched=watched)
     if state is not None:
         count = lanes.count
@@ -196,11 +192,13 @@ def sweep(
     told = combine(*on_host) if on_host else None
     workers = num_workers(local)
     with jax.enable_x64():
+        # (Which traces the loss, before anything is compiled.)
+        suitable = default_width(setting, lanes, local, workers)
         if width is None:
-            width = default_width(setting, lanes, local, workers)
+            width = suitable
         else:
             width = min(width * local.size // mesh.size, mine.size)
-        crew = Crew(setting, lanes, local, told, workers)
+        crew = Crew(setting, lanes, mine, local, told, workers)
         journal = None
         if checkpoint_dir is not None:
             if len(everyone) > 1:
@@ -212,10 +210,7 @@ def sweep(
             solution = solve_lanes(
                 crew, lanes.count, width, journal, meter, keep_states
             )
-        solution = jax.tree.map(jnp.asarray, gather(solution, everyone))
-        if keep_states:
-            states = jax.tree.map(as_key, solution.state, like[0])
-            solution = eqx.tree_at(lambda s: s.state, solution, states)
+        solution = as_arrays(gather(solution, everyone), like[0])
     return throw_failure(solution) if throw else solution
 
 
@@ -262,25 +257,37 @@ def _check_options(lanes: Lanes, optimizer: Any, tolerances: Tolerances) -> None
     """Checks the options of all lanes that depend on their hyperparameters."""
     mapped = lanes.mapped[1]
 
-    def of_each(option: Callable[[PyTree], Any]) -> Any:
-        one = lambda m: jnp.asarray(option(lanes.argument(1, m)))  # noqa: E731
-        if not jax.tree.leaves(mapped):
-            return one(mapped)[None]
-        return jax.vmap(one)(mapped)
-
     if is_function(optimizer):
+        check_callable("optimizer", optimizer)
         first = lanes.take(np.array(0))[1]
-        check_optimizer(optimizer(lanes.argument(1, first)))
-    else:
-        check_optimizer(optimizer)
+        optimizer = optimizer(lanes.argument(1, first))
+    check_optimizer(optimizer)
+    _refuse_traced("`optimizer`", eqxi.closure_to_pytree(optimizer))
     for name, tolerance in tolerances._asdict().items():
         if not is_function(tolerance):
             check_tolerance(name, tolerance)
             continue
         check_callable(name, tolerance)
+
+        def of_lane(m: PyTree, name: str = name, tolerance: Any = tolerance) -> Any:
+            value = tolerance(lanes.argument(1, m))
+            check_tolerance(name, value)
+            return jnp.asarray(value)
+
         with jax.enable_x64():
-            for lane in np.asarray(of_each(tolerance)):
-                check_tolerance(name, lane)
+            is_mapped = bool(jax.tree.leaves(mapped))
+            every = jax.vmap(of_lane)(mapped) if is_mapped else of_lane(mapped)
+            _refuse_traced(f"`{name}`", every)
+            for value in np.ravel(every):
+                check_tolerance(name, value)
+
+
+def _refuse_traced(what: str, *trees: Any) -> None:
+    if is_traced(trees):
+        raise TypeError(
+            f"`sweep` is a job of ordinary Python: {what} must not be traced. Inside "
+            "of a compiled program, use `jax.vmap` of `solve`."
+        )
 
 
 def _split(callback: CallbackFnType) -> tuple[list[traced], list[CallbackFnType]]:

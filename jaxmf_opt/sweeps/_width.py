@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from .._keys import is_key
-from .._x64 import inside_region
+from .._x64 import inside_region, is_traced
 from ._lane import LaneSetting
 from ._lanes import Lanes
 
@@ -88,6 +88,11 @@ def _lane_bytes(setting: LaneSetting, lanes: Lanes) -> int:
 
     with inside_region():
         closed, out = jax.make_jaxpr(evaluate, return_shape=True)(setting.params)
+    if is_traced(closed.consts):
+        raise TypeError(
+            "`sweep` is a job of ordinary Python: what `loss_fn` closes over must not "
+            "be traced. Inside of a compiled program, use `jax.vmap` of `solve`."
+        )
     state = sum(map(_bytes, jax.tree.leaves(out[1])))
     return _COPIES * state + _peak_bytes(closed.jaxpr) + 1
 

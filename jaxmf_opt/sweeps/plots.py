@@ -71,35 +71,40 @@ def convergence(
         rows = rows - np.asarray(stats["loss"], float)[:, None]
         rows = np.where(rows > 0, rows, np.nan)
     steps = np.arange(rows.shape[1])
-    ax = _axes(ax)
     colours, mappable = ["tab:blue"] * len(rows), None
     if values is not None:
-        of_lane = _checked("values", values, len(rows))
+        of_lane = _numbers("values", values, len(rows), log=log)
         norm = (LogNorm if log else Normalize)(np.nanmin(of_lane), np.nanmax(of_lane))
         mappable = ScalarMappable(norm, "viridis")
         colours = mappable.to_rgba(of_lane)
+    ax = _axes(ax)
     # Of many lines each is faint.
     style: dict[str, Any] = {"linewidth": 1.0, "alpha": max(0.1, 3 / (2 + len(rows)))}
     if len(rows) <= 30:
         style["alpha"] = 0.9
     for row, colour in zip(rows, colours, strict=True):
         ax.plot(steps, row, color=colour, **style)
-    names = statuses(solution.result)
-    taken = np.asarray(stats["num_steps"])
+    positive = rows[np.isfinite(rows) & (rows > 0)]
+    if positive.size:
+        ax.set_yscale("log")
+        first = rows[:, :1][np.isfinite(rows[:, :1])].max(initial=0.0)
+        if first > 0:  # what diverges leaves by the upper edge
+            ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * first))
+    names, top = statuses(solution.result), ax.get_ylim()[1]
+    taken = np.minimum(np.asarray(stats["num_steps"]), rows.shape[1])
     for name, (marker, colour, text) in _FAILED.items():
         lanes = np.flatnonzero((names == name) & (taken > 0))
         if lanes.size:
-            last = np.minimum(taken[lanes], rows.shape[1]) - 1
+            last = taken[lanes] - 1
+            heights = np.nan_to_num(rows[lanes, last], nan=np.inf)
             ax.plot(
-                *(last, rows[lanes, last], marker),
+                *(last, np.minimum(heights, top), marker),
                 color=colour,
                 linestyle="none",
+                clip_on=False,
                 label=text,
             )
-    ax.set_yscale("log")
-    if np.isfinite(rows[:, :1]).any():  # what diverges leaves by the upper edge
-        first = np.nanmax(rows[:, :1], where=np.isfinite(rows[:, :1]), initial=0.0)
-        ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * first) if first else None)
+    ax.set_ylim(top=top)
     ax.set_xlabel("step")
     ax.set_ylabel(_TITLES[of])
     ax.set_title(f"Convergence of {len(rows)} lanes")
@@ -140,11 +145,11 @@ def final_loss(
     """
     best = best_lane(solution)
     losses = np.asarray(solution.stats["loss"], float)
-    x = _checked("values", values, losses.size)
+    x = _finite_numbers("values", values, losses.size, log=log)
     names = statuses(solution.result)
     ax = _axes(ax)
     top = _top(losses, names)
-    below = losses <= top
+    below = np.isfinite(losses) & (losses <= top)
     if np.unique(x).size == x.size:
         order = np.argsort(x)
         order = order[below[order]]
@@ -211,14 +216,22 @@ def heat_map(
     """
     best = best_lane(solution)
     losses = np.asarray(solution.stats["loss"], float)
-    columns, column = np.unique(_checked("x", x, losses.size), return_inverse=True)
-    rows, row = np.unique(_checked("y", y, losses.size), return_inverse=True)
+    finite = losses[np.isfinite(losses)]
+    if log and finite.min() <= 0:
+        raise ValueError(f"with `log`, losses must be above 0, got {finite.min():g}.")
+    numbers = [
+        _finite_numbers(name, values, losses.size, log=False)
+        for name, values in (("x", x), ("y", y))
+    ]
+    (columns, column), (rows, row) = (
+        np.unique(values, return_inverse=True) for values in numbers
+    )
     cells = np.full((rows.size, columns.size), np.inf)
     np.minimum.at(cells, (row, column), np.where(np.isfinite(losses), losses, np.inf))
     ax = _axes(ax)
     names = statuses(solution.result)
     top = _top(losses, names)
-    norm = (LogNorm if log else Normalize)(vmax=min(top, losses[losses <= top].max()))
+    norm = (LogNorm if log else Normalize)(vmax=finite[finite <= top].max())
     shown = np.ma.masked_invalid(cells)
     image = ax.imshow(shown, origin="lower", aspect="auto", norm=norm)
     extend = "max" if (shown > top).any() else "neither"
@@ -250,17 +263,23 @@ def heat_map(
 
 def _top(losses: np.ndarray, names: np.ndarray) -> float:
     """Up to where losses are worth to be told apart."""
+    finite = losses[np.isfinite(losses)]
     good = losses[(names == "successful") & np.isfinite(losses)]
-    if not good.size:
-        return losses[np.isfinite(losses)].max()
-    return good.max() + max(np.ptp(good), 1e-9 * abs(good.max()))
+    if good.size and np.ptp(good) > 0:
+        return good.max() + np.ptp(good)
+    # Where those that succeeded do not show a scale, the best quarter of all does.
+    quarter = np.quantile(finite, 0.25, method="higher")
+    with np.errstate(over="ignore"):
+        wide = quarter + 10 * (quarter - finite.min())
+    return max(good.max(initial=-np.inf), wide)
 
 
 def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(figsize=(7, 5), layout="constrained")[1] if ax is None else ax
 
 
-def _checked(name: str, values: Any, count: int) -> np.ndarray:
+def _numbers(name: str, values: Any, count: int, *, log: bool) -> np.ndarray:
+    """Numbers that have a place on an axis; or are NaN."""
     try:
         array = np.asarray(values, float)
     except (TypeError, ValueError) as e:
@@ -270,4 +289,17 @@ def _checked(name: str, values: Any, count: int) -> np.ndarray:
             f"`{name}` must be a number for each of the {count} lanes, got an array of "
             f"shape {array.shape}."
         )
+    if np.isinf(array).any() or np.isnan(array).all():
+        raise ValueError(f"`{name}` must be finite, got {values!r}.")
+    if log and np.nanmin(array) <= 0:
+        raise ValueError(
+            f"with `log`, `{name}` must be above 0, got {np.nanmin(array):g}."
+        )
+    return array
+
+
+def _finite_numbers(name: str, values: Any, count: int, *, log: bool) -> np.ndarray:
+    array = _numbers(name, values, count, log=log)
+    if np.isnan(array).any():
+        raise ValueError(f"`{name}` must be finite, got {values!r}.")
     return array
