@@ -107,6 +107,9 @@ class SweepTable(Mapping[str, np.ndarray]):
         return pd.DataFrame(self._columns)
 
 
+_NUMBERS = ("loss", "grad_norm", "num_steps")
+
+
 def table(
     solution: Solution, hyperparams: PyTree, in_axes: Any = (None, 0)
 ) -> SweepTable:
@@ -124,13 +127,14 @@ def table(
 
     Raises:
       TypeError: If `solution` is no solution, or `in_axes` is of a wrong kind.
-      ValueError: If `hyperparams` are of another number of lanes.
+      ValueError: If `hyperparams` are of another number of lanes, or two columns would
+        have the same name.
     """
     stats = lanes_of_solution(solution).stats
     count = np.size(stats["loss"])
     axes = as_pair(in_axes)[1]
     columns: dict[str, np.ndarray] = {"lane": np.arange(count)}
-    if jax.tree.leaves(axes):
+    if jax.tree.leaves(axes) and jax.tree.leaves(hyperparams):
         lanes = lanes_of([("hyperparams", hyperparams)], (axes,))
         if lanes.count != count:
             raise ValueError(
@@ -139,8 +143,14 @@ def table(
             )
         for path, leaf in jax.tree_util.tree_leaves_with_path(lanes.mapped[0]):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            columns |= _columns(name or "hyperparam", leaf)
-    for name in ("loss", "grad_norm", "num_steps"):
+            for column, values in _columns(name or "hyperparam", leaf).items():
+                if column in columns or column in (*_NUMBERS, "status"):
+                    raise ValueError(
+                        f"`hyperparams` have a second column of the name {column!r}; "
+                        "rename what it is of."
+                    )
+                columns[column] = values
+    for name in _NUMBERS:
         columns[name] = np.asarray(stats[name])
     columns["status"] = statuses(solution.result)
     return SweepTable(columns)

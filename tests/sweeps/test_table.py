@@ -270,7 +270,6 @@ class TestTable:
         assert list(got) == ["lane", *LAST]
         np.testing.assert_allclose(got["loss"], np.sum((starts - 5) ** 2, 1))
 
-    @pytest.mark.xfail(strict=True, reason="`sweep` takes this `in_axes`")
     def test_of_many_starts_by_one_axis_for_both(self):
         solution = sweep(
             lambda y, _: jnp.sum(y**2),
@@ -280,7 +279,6 @@ class TestTable:
         )
         assert list(table(solution, None, 0)) == ["lane", *LAST]
 
-    @pytest.mark.xfail(strict=True, reason="they are overwritten")
     @pytest.mark.parametrize(
         "hyperparams",
         [
