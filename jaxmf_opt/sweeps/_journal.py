@@ -5,12 +5,14 @@ The blocks of a sweep are a function of its arguments and of what came out of th
 before, so a run that reads some of them goes on exactly as the one that wrote them.
 """
 
+import contextlib
 import json
 import os
 import re
+import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,30 @@ from .._files import read_npz, write_npz
 
 _MANIFEST = "sweep.npz"
 _LEFTOVER = re.compile(r"\.(\d+|sweep)\.npz\w{8}")
+
+
+def check_directory(directory: str | os.PathLike[str]) -> None:
+    """Makes a directory, and refuses one in which nothing can be written.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    with _named(directory):
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+
+
+@contextlib.contextmanager
+def _named(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Says what an exception of the file system is about."""
+    try:
+        yield
+    except OSError as e:
+        raise type(e)(
+            "`checkpoint_dir` must be a directory that can be written, got "
+            f"{str(directory)!r}: {e.strerror or e}."
+        ) from e
 
 
 class Journal:
@@ -30,7 +56,7 @@ class Journal:
         identity: Mapping[str, str],
         every: float = 1.0,
     ):
-        """Opens a directory, or makes it.
+        """Opens a directory that has been checked.
 
         Args:
           directory: Where.
@@ -47,17 +73,11 @@ class Journal:
         self._written = time.monotonic()
         self._known: dict[str, dict[str, np.ndarray]] = {}
         self._number = 0
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+        with _named(directory):
             for path in self._directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):  # of a run that was killed
                     path.unlink()
             self._check(identity)
-        except OSError as e:
-            raise type(e)(
-                f"`checkpoint_dir` must be a directory that can be written, got "
-                f"{str(directory)!r}: {e.strerror or e}."
-            ) from e
         self._read()
 
     def record(self, name: str) -> dict[str, np.ndarray] | None:

@@ -47,8 +47,8 @@ def blocks(
       devices: Over how many devices a batch is split.
 
     Yields:
-      Each block. A generation of several leaves an eighth of its lanes at most, and so
-      does one that leaves few enough for a narrower batch. The last leaves none.
+      Each block. Each of several leaves at most an eighth of its width, and so does one
+      that leaves few enough for a narrower batch. The last leaves none.
     """
     width = next((w for w in reversed(widths) if w >= remaining.size), widths[0])
     is_last = remaining.size <= width and width == widths[-1]

@@ -34,7 +34,7 @@ from .._x64 import caller_dtype, inside_region, is_traced
 from ._batch import digest_of, local_mesh
 from ._collect import as_arrays, solve_lanes
 from ._crew import Crew
-from ._journal import Journal
+from ._journal import Journal, check_directory
 from ._lane import LaneSetting, is_function
 from ._lanes import Lanes, as_pair, lanes_of
 from ._meter import Meter
@@ -191,6 +191,10 @@ def sweep(
     local = local_mesh(own_devices(mesh))
     told = combine(*on_host) if on_host else None
     workers = num_workers(local)
+    if checkpoint_dir is not None:
+        if len(everyone) > 1:
+            checkpoint_dir = os.path.join(checkpoint_dir, f"{jax.process_index()}")
+        check_directory(checkpoint_dir)
     with jax.enable_x64():
         # (Which traces the loss, before anything is compiled.)
         suitable = default_width(setting, lanes, local, workers)
@@ -201,8 +205,6 @@ def sweep(
         crew = Crew(setting, lanes, mine, local, told, workers)
         journal = None
         if checkpoint_dir is not None:
-            if len(everyone) > 1:
-                checkpoint_dir = os.path.join(checkpoint_dir, f"{jax.process_index()}")
             journal = Journal(
                 checkpoint_dir, _identity(crew, lanes, width, keep_states)
             )
@@ -228,6 +230,8 @@ def _check_mesh(mesh: Any, count: int) -> Mesh:
             f"`mesh` must have a number of devices that divides the {count} lanes, got "
             f"{mesh.size}. Take fewer of them, or fill up the lanes with copies."
         )
+    if len({d.id for d in mesh.devices.flat}) < mesh.size:
+        raise ValueError("`mesh` must have each device once, got one several times.")
     owners = {d.process_index for d in mesh.devices.flat}
     if owners not in ({jax.process_index()}, set(range(jax.process_count()))):
         raise ValueError(

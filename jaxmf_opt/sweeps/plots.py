@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Real
 
 from .._solution import Solution, statuses
 from ._table import best_lane, lanes_of_solution
@@ -30,7 +30,7 @@ _TITLES = {
     "loss": "loss above the least of its lane",
 }
 
-_Values = Float[Array, " lanes"] | np.ndarray | Sequence[float]
+_Values = Real[Array, " lanes"] | np.ndarray | Sequence[float]
 
 
 def convergence(
@@ -107,7 +107,7 @@ def convergence(
     ax.set_ylim(top=top)
     ax.set_xlabel("step")
     ax.set_ylabel(_TITLES[of])
-    ax.set_title(f"Convergence of {len(rows)} lanes")
+    ax.set_title(f"Convergence of {_lanes(len(rows))}")
     if mappable is not None:
         ax.figure.colorbar(mappable, ax=ax, label=label)
     if ax.get_legend_handles_labels()[0]:
@@ -178,7 +178,7 @@ def final_loss(
         ax.set_xscale("log")
     ax.set_xlabel(label)
     ax.set_ylabel("loss")
-    ax.set_title(f"Loss of {losses.size} lanes")
+    ax.set_title(f"Loss of {_lanes(losses.size)}")
     ax.legend()
     return ax
 
@@ -256,7 +256,7 @@ def heat_map(
         axis.set_ticks(shown, [f"{ticks[i]:.3g}" for i in shown])
     ax.set_xlabel(labels[0])
     ax.set_ylabel(labels[1])
-    ax.set_title(f"Loss of {losses.size} lanes")
+    ax.set_title(f"Loss of {_lanes(losses.size)}")
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2, frameon=False)
     return ax
 
@@ -272,6 +272,10 @@ def _top(losses: np.ndarray, names: np.ndarray) -> float:
     with np.errstate(over="ignore"):
         wide = quarter + 10 * (quarter - finite.min())
     return max(good.max(initial=-np.inf), wide)
+
+
+def _lanes(count: int) -> str:
+    return "1 lane" if count == 1 else f"{count} lanes"
 
 
 def _axes(ax: Axes | None) -> Axes:

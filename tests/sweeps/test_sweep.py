@@ -477,16 +477,16 @@ class TestCompilation:
                 **options,
             )
 
-        run(0.1, ROWS)
+        run(0.125, ROWS)
         with compilations() as compiled:
-            got = run(0.2, ROWS[::-1])
+            got = run(0.25, ROWS[::-1])
         assert not compiled
         if way == "callback":
             want = alone(
                 ROWS[::-1],
-                lambda x, h: loss(x - 0.2, h),
-                callback=traced(lambda info: info.loss < 5.2),
-                rtol=1e-3 * 0.2,
+                lambda x, h: loss(x - 0.25, h),
+                callback=traced(lambda info: info.loss < 5.25),
+                rtol=1e-3 * 0.25,
                 max_optimizer_steps=20,
             )
             assert_close(got, want)
