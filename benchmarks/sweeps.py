@@ -67,7 +67,7 @@ def _work(lanes: int) -> None:
     rng = np.random.default_rng(0)
     rates = {
         "all alike": np.full(lanes, 0.8),
-        "5% slow": np.where(rng.random(lanes) < 0.05, 0.8 / 20, 0.8),
+        "5% slow": np.where(rng.random(lanes) < 0.05, 0.8 / 34, 0.8),
     }
     options: dict[str, Any] = {"gtol": 1e-9, "max_optimizer_steps": 10_000}
 

@@ -773,7 +773,7 @@ class Process:
                 stderr=err,
                 env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
             )
-        self._timer = threading.Timer(60, self.popen.kill)
+        self._timer = threading.Timer(120, self.popen.kill)
         self._timer.start()
 
     def log(self) -> str:

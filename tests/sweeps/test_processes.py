@@ -311,7 +311,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
         )
 
 
-def run(jobs: Sequence[Job], seconds: float = 90) -> list[int]:
+def run(jobs: Sequence[Job], seconds: float = 240) -> list[int]:
     """Their exit codes. If one fails, the others would wait for it: they are killed."""
     processes = [start(job) for job in jobs]
     ends = time.monotonic() + seconds
