@@ -156,7 +156,7 @@ class Crew:
         mapped = self._lanes.take(block.lanes[filled])
         if states is None:
             state, is_mine = begin(mapped, None)
-            foreign = block.lanes[~np.asarray(is_mine)[:count]]
+            foreign = self.numbers[block.lanes[~np.asarray(is_mine)[:count]]]
             if foreign.size:
                 raise ValueError(
                     "`state` must be that of a sweep of the same problems; `loss_fn` "
