@@ -132,9 +132,11 @@ def table(
     """
     stats = lanes_of_solution(solution).stats
     count = np.size(stats["loss"])
-    axes = as_pair(in_axes)[1]
+    axes_of_params, axes = as_pair(in_axes)
     columns: dict[str, np.ndarray] = {"lane": np.arange(count)}
-    if jax.tree.leaves(axes) and jax.tree.leaves(hyperparams):
+    # (Of many starts there may be no hyperparameters, of one start there are some.)
+    is_needed = jax.tree.leaves(hyperparams) or not jax.tree.leaves(axes_of_params)
+    if jax.tree.leaves(axes) and is_needed:
         lanes = lanes_of([("hyperparams", hyperparams)], (axes,))
         if lanes.count != count:
             raise ValueError(
