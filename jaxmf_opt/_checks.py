@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._keys import as_key
+from ._x64 import is_traced
 
 _NUMBERS = {1: "one argument", 2: "two arguments"}
 
@@ -90,6 +91,15 @@ def check_tolerance(name: str, value: Any) -> None:
         number = float(value)
         if math.isnan(number) or number < 0:
             raise ValueError(f"`{name}` must be at least 0, got {number}.")
+
+
+def check_untraced(what: str, *trees: Any) -> None:
+    """Refuses a sweep that is called with traced values."""
+    if is_traced(trees):
+        raise TypeError(
+            f"`sweep` is a job of ordinary Python: {what} must not be traced. Inside "
+            "of a compiled program, use `jax.vmap` of `solve`."
+        )
 
 
 def check_path(name: str, value: Any) -> None:

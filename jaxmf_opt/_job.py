@@ -156,8 +156,6 @@ def run(
     family: Family,
     setups: Sequence[SetUp],
     directory: Path,
-    *,
-    max_error: bool,
     **options: Any,
 ) -> Iterator[tuple[list[int], Outcome]]:
     """Optimizes mechanisms, those whose arrays have the same sizes in one sweep.
@@ -166,8 +164,8 @@ def run(
       family: The family.
       setups: The set-ups.
       directory: Where sweeps keep what they have finished.
-      max_error: Whether the error is the largest of all steps, and not their mean.
-      **options: Those of `sweep`.
+      **options: Those of `sweep`, and `max_error`: whether the error is the largest of
+        all steps, and not their mean.
 
     Yields:
       For each sweep: which of the set-ups were its lanes, and what came out, with a
@@ -176,27 +174,31 @@ def run(
     for number, key in enumerate(dict.fromkeys(map(family.static, setups))):
         lanes = [i for i, s in enumerate(setups) if family.static(s) == key]
         columns = SetUp(*map(np.array, zip(*(setups[i] for i in lanes), strict=True)))
-        most = SetUp(*(column.max().item() for column in columns))
-        training = functools.partial(_Training, family, most, max_error)
-        start = jax.jit(jax.vmap(lambda s: training(s).start()))(columns)  # noqa: B023
-        solution = sweep(
-            lambda params, s: training(s).loss_fn(params),  # noqa: B023
-            start,
-            columns,
-            in_axes=0,
-            grad=family.has_grad,
-            optimizer=family.optimizer,
-            batch_size=family.batch_size,
-            checkpoint_dir=directory / str(number),
-            keep_states=False,
-            **options,
-        )
+        optimized = _optimized(family, columns, directory / str(number), **options)
+        yield lanes, jax.device_get(optimized)
 
-        def outcome(s: SetUp, start: Array, solution: Solution) -> Outcome:
-            return training(s).outcome(start, solution)  # noqa: B023
 
-        out = jax.jit(jax.vmap(outcome))(columns, start, solution)
-        yield lanes, jax.device_get(out)
+def _optimized(
+    family: Family, setups: SetUp, directory: Path, *, max_error: bool, **options: Any
+) -> Outcome:
+    """Optimizes the mechanisms of set-ups, given as arrays, in one sweep."""
+    most = SetUp(*(column.max().item() for column in setups))
+    training = functools.partial(_Training, family, most, max_error)
+    start = jax.jit(jax.vmap(lambda s: training(s).start()))(setups)
+    solution = sweep(
+        lambda params, s: training(s).loss_fn(params),
+        start,
+        setups,
+        in_axes=0,
+        grad=family.has_grad,
+        optimizer=family.optimizer,
+        batch_size=family.batch_size,
+        checkpoint_dir=directory,
+        keep_states=False,
+        **options,
+    )
+    outcome = jax.vmap(lambda s, start, end: training(s).outcome(start, end))
+    return jax.jit(outcome)(setups, start, solution)
 
 
 class _Training:

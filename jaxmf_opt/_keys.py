@@ -21,6 +21,11 @@ def as_numpy(x: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if is_key(x) else x)
 
 
+def on_host(x: Any) -> Any:
+    """A NumPy array; random keys stay what they are."""
+    return x if is_key(x) else np.asarray(x)
+
+
 def as_key(x: Any, like: Any) -> Any:
     """Makes random keys of their data where keys are wanted; else returns `x`.
 

@@ -110,12 +110,12 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
           The state.
         """
         del fn, args, tags
+        if "state" in options:
+            return options["state"]
         dtype = f_struct.dtype
         history = None
         if options.get("history") is not None:
             history = History.of_no_steps(options["history"])
-        if "state" in options:
-            return options["state"]
         zeros = jax.tree.map(jnp.zeros_like, y)
         with as_optax_expects():
             opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))

@@ -32,7 +32,7 @@ from ._solution import Solution, throw_failure
 from ._state import SolverState
 from ._stepwise import solve_stepwise
 from ._watch import watch
-from ._x64 import caller_dtype, inside_region, is_traced
+from ._x64 import caller_dtype, float64_struct, inside_region, is_traced
 
 
 def solve(
@@ -128,7 +128,7 @@ def solve(
     for name, value in tolerances._asdict().items():
         check_tolerance(name, value)
 
-    structs = jax.tree.map(_float64_struct, params)
+    structs = jax.tree.map(float64_struct, params)
     objective = trace(loss_fn, structs, grad=grad)
     captured = objective.captured
     tests = not tolerances.off
@@ -188,7 +188,3 @@ def _check_problem(recipe: Recipe, captured: Sequence[Array], state: Any) -> Non
             f"{float(last.loss):.12g}, and `loss_fn` is {float(there):.12g} at the "
             "same point. To start anew from there, give its point as `params`."
         )
-
-
-def _float64_struct(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), "float64")

@@ -76,6 +76,11 @@ def is_traced(*trees: Any) -> bool:
     return isinstance(jnp.zeros(()), Tracer)  # as every new array under `jit`
 
 
+def float64_struct(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array or a number, and float64."""
+    return jax.ShapeDtypeStruct(jnp.shape(x), "float64")
+
+
 def caller_dtype(x: Any, *, in_program: bool) -> Any:
     """The dtype that a result gets for an argument `x`, in the caller's setting."""
     dtype = getattr(x, "dtype", None)

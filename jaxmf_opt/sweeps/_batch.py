@@ -100,11 +100,12 @@ def digest_of(*parts: Any) -> str:
     """A digest of texts and arrays."""
     sha = hashlib.sha256()
     for part in parts:
-        if not isinstance(part, str):
-            part = as_numpy(part)
-            sha.update(f"{part.dtype}{part.shape}".encode())
-        data = part if isinstance(part, str) else np.ascontiguousarray(part)
-        sha.update(data.encode() if isinstance(data, str) else data.tobytes())
+        if isinstance(part, str):
+            sha.update(part.encode())
+        else:
+            array = as_numpy(part)
+            sha.update(f"{array.dtype}{array.shape}".encode())
+            sha.update(array.tobytes())
     return sha.hexdigest()[:16]
 
 

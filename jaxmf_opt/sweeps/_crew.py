@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int, PyTree
 
 from .._callback import CallbackFnType, Lane
-from .._keys import as_key, as_numpy, is_key
+from .._keys import as_key, as_numpy, on_host
 from .._solution import Solution
 from .._state import SolverState
 from .._watch import info_after
@@ -195,7 +195,7 @@ class Crew:
         interrupted = np.array(state.minimiser.interrupted)
         seen = SolverState(state.params, state.minimiser.with_history(None))
         leaves, treedef = jax.tree.flatten(seen)
-        arrays = [x if is_key(x) else np.asarray(x) for x in leaves]
+        arrays = [on_host(x) for x in leaves]
         for row, lane in enumerate(map(int, block.lanes)):
             if not moved[row]:
                 continue

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from .._keys import is_key
+from .._keys import is_key, on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,20 @@ class Lanes:
         """The mapped leaves of some lanes."""
         return jax.tree.map(lambda x: x[lanes], self.mapped)
 
+    def first(self, number: int) -> PyTree:
+        """All leaves of an argument for the first lane."""
+        return self.argument(number, self.take(np.array(0))[number])
+
+    def with_state(self, state: PyTree) -> "Lanes":
+        """The same with one more argument, every array of which has its lanes in front.
+
+        Args:
+          state: A state of each lane, or None.
+        """
+        mapped = jax.tree.map(on_host, state)
+        shared = jax.tree.map(lambda _: None, state)
+        return Lanes(self.count, (*self.mapped, mapped), (*self.shared, shared))
+
     def argument(self, number: int, mapped: PyTree) -> PyTree:
         """All leaves of an argument for one lane, given the mapped ones."""
         return jax.tree.map(
@@ -41,7 +55,7 @@ class Lanes:
         )
 
 
-def lanes_of(arguments: Sequence[tuple[str, PyTree]], in_axes: Any) -> Lanes:
+def lanes_of(arguments: Sequence[tuple[str, PyTree]], in_axes: Sequence[Any]) -> Lanes:
     """Splits arguments into lanes.
 
     Args:
@@ -57,10 +71,9 @@ def lanes_of(arguments: Sequence[tuple[str, PyTree]], in_axes: Any) -> Lanes:
       ValueError: If an axis does not exist, no leaf is mapped, or leaves disagree about
         the number of lanes, or there are none.
     """
-    axes_of = in_axes if len(arguments) != 2 else as_pair(in_axes)
     names = ", ".join(f"`{name}`" for name, _ in arguments)
     mapped, shared, sizes = [], [], {}
-    for (name, tree), axes in zip(arguments, axes_of, strict=True):
+    for (name, tree), axes in zip(arguments, in_axes, strict=True):
         every = _axis_of_each_leaf(name, tree, axes)
         paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
         with_lanes, without = [], []

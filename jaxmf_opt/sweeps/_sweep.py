@@ -23,6 +23,7 @@ from .._checks import (
     check_state,
     check_steps,
     check_tolerance,
+    check_untraced,
 )
 from .._minimiser import Tolerance
 from .._optimizer import DEFAULT_OPTIMIZER
@@ -30,7 +31,7 @@ from .._run import Tolerances
 from .._solution import Solution, throw_failure
 from .._state import SolverState
 from .._watch import watch
-from .._x64 import caller_dtype, inside_region, is_traced
+from .._x64 import caller_dtype, float64_struct, inside_region
 from ._batch import digest_of, local_mesh
 from ._collect import as_arrays, solve_lanes
 from ._crew import Crew
@@ -82,8 +83,8 @@ def sweep(
       in_axes: Where the axes over lanes are in `params` and `hyperparams`, as in
         `jax.vmap`: by default all lanes start at the same point, and every array of
         `hyperparams` has its lanes in front. `(0, None)` is many starts of one problem.
-      batch_size: How many lanes are in a batch, at all devices of this process
-        together. By default as many as suit the size of loss and state, and fit.
+      batch_size: How many lanes are in a batch, on all devices of the mesh together. By
+        default as many as suit the size of loss and state, and fit.
       mesh: Devices over which lanes are split, in the order of their axes. Their number
         must divide the number of lanes. Each device works by itself. If the mesh spans
         the processes of `jax.distributed`, each solves the lanes of its devices, and
@@ -142,9 +143,9 @@ def sweep(
     for name, value in (flags | {"keep_states": keep_states}).items():
         check_flag(name, value)
     tolerances = Tolerances(*cast(Any, (rtol, atol, gtol)))
-    _refuse_traced("its arguments", params, hyperparams, state, tolerances)
+    check_untraced("its arguments", params, hyperparams, state, tolerances)
     problems = [("params", params), ("hyperparams", hyperparams)]
-    lanes = lanes_of(problems, in_axes)
+    lanes = lanes_of(problems, as_pair(in_axes))
     mesh = _check_mesh(mesh, lanes.count)
     width = _check_batch_size(batch_size, mesh)
     _check_options(lanes, optimizer, tolerances)
@@ -164,7 +165,7 @@ def sweep(
         max_steps,
         watch=None,
         watched=(),
-        params=_structs_of_lane(lanes),
+        params=jax.tree.map(float64_struct, lanes.first(0)),
         dtypes=[caller_dtype(x, in_program=False) for x in jax.tree.leaves(params)],
         int_dtype=jnp.result_type(int),
         float_dtype=jnp.result_type(float),
@@ -174,7 +175,7 @@ def sweep(
     like = _state_structs(setting, lanes)
     if compiled or on_host:
         watcher, watched = watch(combine(*compiled), like[0])
-        _refuse_traced("what `callback` closes over", watched)
+        check_untraced("what `callback` closes over", watched)
         setting = setting._replace(watch=watcher, watched=watched)
     if state is not None:
         count = lanes.count
@@ -183,7 +184,7 @@ def sweep(
             for s in like
         ]
         state = check_state(state, *in_lanes)
-    lanes = lanes_of([*problems, ("state", state)], (*as_pair(in_axes), 0))
+    lanes = lanes.with_state(state)
 
     everyone = parts(mesh, lanes.count)
     mine = everyone[jax.process_index() if len(everyone) > 1 else 0]
@@ -260,13 +261,11 @@ def _check_batch_size(batch_size: Any, mesh: Mesh) -> int | None:
 def _check_options(lanes: Lanes, optimizer: Any, tolerances: Tolerances) -> None:
     """Checks the options of all lanes that depend on their hyperparameters."""
     mapped = lanes.mapped[1]
-
     if is_function(optimizer):
         check_callable("optimizer", optimizer)
-        first = lanes.take(np.array(0))[1]
-        optimizer = optimizer(lanes.argument(1, first))
+        optimizer = optimizer(lanes.first(1))
     check_optimizer(optimizer)
-    _refuse_traced("`optimizer`", eqxi.closure_to_pytree(optimizer))
+    check_untraced("`optimizer`", eqxi.closure_to_pytree(optimizer))
     for name, tolerance in tolerances._asdict().items():
         if not is_function(tolerance):
             check_tolerance(name, tolerance)
@@ -281,17 +280,9 @@ def _check_options(lanes: Lanes, optimizer: Any, tolerances: Tolerances) -> None
         with jax.enable_x64():
             is_mapped = bool(jax.tree.leaves(mapped))
             every = jax.vmap(of_lane)(mapped) if is_mapped else of_lane(mapped)
-            _refuse_traced(f"`{name}`", every)
+            check_untraced(f"`{name}`", every)
             for value in np.ravel(every):
                 check_tolerance(name, value)
-
-
-def _refuse_traced(what: str, *trees: Any) -> None:
-    if is_traced(trees):
-        raise TypeError(
-            f"`sweep` is a job of ordinary Python: {what} must not be traced. Inside "
-            "of a compiled program, use `jax.vmap` of `solve`."
-        )
 
 
 def _split(callback: CallbackFnType) -> tuple[list[traced], list[CallbackFnType]]:
@@ -301,15 +292,9 @@ def _split(callback: CallbackFnType) -> tuple[list[traced], list[CallbackFnType]
     return compiled, [c for c in callbacks if not isinstance(c, traced)]
 
 
-def _structs_of_lane(lanes: Lanes) -> PyTree:
-    """The parameters of a lane, float64."""
-    params = lanes.argument(0, lanes.take(np.array(0))[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), "float64"), params)
-
-
 def _state_structs(setting: LaneSetting, lanes: Lanes) -> list[SolverState]:
     """The state of a lane; and the other kind that a lane can go on from."""
-    hyperparam = lanes.argument(1, lanes.take(np.array(0))[1])
+    hyperparam = lanes.first(1)
     with inside_region():
         return [
             jax.eval_shape(

@@ -36,7 +36,7 @@ def best_lane(solution: Solution) -> int:
             f"`solution` must have a lane whose loss is finite, got {losses.size} "
             "lanes without one."
         )
-    return int(np.nanargmin(np.where(np.isfinite(losses), losses, np.inf)))
+    return int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
 
 
 def failed_lanes(solution: Solution) -> dict[int, str]:

@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from .._checks import check_untraced
 from .._keys import is_key
-from .._x64 import inside_region, is_traced
+from .._x64 import inside_region
 from ._lane import LaneSetting
 from ._lanes import Lanes
 
@@ -78,8 +79,7 @@ def narrower_widths(width: int, devices: int) -> list[int]:
 
 def _lane_bytes(setting: LaneSetting, lanes: Lanes) -> int:
     """About how much memory a lane takes."""
-    first = lanes.take(np.array(0))
-    hyperparam = lanes.argument(1, first[1])
+    hyperparam = lanes.first(1)
 
     def evaluate(params: PyTree) -> PyTree:
         return setting.value_and_grad(params, hyperparam), setting.first(
@@ -88,11 +88,7 @@ def _lane_bytes(setting: LaneSetting, lanes: Lanes) -> int:
 
     with inside_region():
         closed, out = jax.make_jaxpr(evaluate, return_shape=True)(setting.params)
-    if is_traced(closed.consts):
-        raise TypeError(
-            "`sweep` is a job of ordinary Python: what `loss_fn` closes over must not "
-            "be traced. Inside of a compiled program, use `jax.vmap` of `solve`."
-        )
+    check_untraced("what `loss_fn` closes over", closed.consts)
     state = sum(map(_bytes, jax.tree.leaves(out[1])))
     return _COPIES * state + _peak_bytes(closed.jaxpr) + 1
 

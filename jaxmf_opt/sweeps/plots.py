@@ -167,13 +167,7 @@ def final_loss(
         if lanes.any():
             text += ", above" if np.isfinite(losses[lanes]).all() else ", above or none"
             ax.plot(x[lanes], np.ones(lanes.sum()), marker, label=text, **style, **edge)
-    ax.plot(
-        *(x[best], losses[best], "*"),
-        color="gold",
-        markeredgecolor="black",
-        markersize=14,
-        label=f"least: {losses[best]:.6g}",
-    )
+    _mark_best(ax, x[best], losses[best], losses[best])
     if log:
         ax.set_xscale("log")
     ax.set_xlabel(label)
@@ -241,19 +235,11 @@ def heat_map(
         if lanes.any():
             style: dict[str, Any] = {"color": colour, "linestyle": "none"}
             ax.plot(column[lanes], row[lanes], marker, label=text, **style)
-    ax.plot(
-        *(column[best], row[best], "*"),
-        color="gold",
-        markeredgecolor="black",
-        markersize=14,
-        label=f"least: {losses[best]:.6g}",
-        linestyle="none",
-    )
+    _mark_best(ax, column[best], row[best], losses[best])
     for axis, ticks in ((ax.xaxis, columns), (ax.yaxis, rows)):
-        shown = np.unique(
-            np.linspace(0, len(ticks) - 1, min(len(ticks), 8)).astype(int)
-        )
-        axis.set_ticks(shown, [f"{ticks[i]:.3g}" for i in shown])
+        few = np.linspace(0, len(ticks) - 1, min(len(ticks), 8))
+        few = np.unique(few.astype(int))
+        axis.set_ticks(few, [f"{ticks[i]:.3g}" for i in few])
     ax.set_xlabel(labels[0])
     ax.set_ylabel(labels[1])
     ax.set_title(f"Loss of {_lanes(losses.size)}")
@@ -272,6 +258,17 @@ def _top(losses: np.ndarray, names: np.ndarray) -> float:
     with np.errstate(over="ignore"):
         wide = quarter + 10 * (quarter - finite.min())
     return max(good.max(initial=-np.inf), wide)
+
+
+def _mark_best(ax: Axes, x: Any, y: Any, loss: float) -> None:
+    ax.plot(
+        *(x, y, "*"),
+        color="gold",
+        markeredgecolor="black",
+        markersize=14,
+        label=f"least: {loss:.6g}",
+        linestyle="none",
+    )
 
 
 def _lanes(count: int) -> str:
