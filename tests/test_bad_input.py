@@ -7,9 +7,6 @@ checks: this file, run as a script.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +17,13 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from compiling import compilations
+from processes import report_of
 
 import jaxmf_opt
 from jaxmf_opt import callbacks, combine, traced
-from jaxmf_opt._run import compiled, start
+from jaxmf_opt._run import compiled
+from jaxmf_opt._start import start
 
 # Most calls below are wrong, as a type checker would say.
 optimize: Any = jaxmf_opt.optimize
@@ -338,12 +338,6 @@ GOOD: dict[str, Good] = {
 
 def report() -> dict[str, Any]:
     """Makes all the calls and writes down what came of them."""
-    compilations = 0
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        nonlocal compilations
-        del duration_secs, kwargs
-        compilations += event == "/jax/core/compile/backend_compile_duration"
 
     def refusal(call: Callable[[], Any]) -> list[Any]:
         try:
@@ -353,33 +347,25 @@ def report() -> dict[str, Any]:
         return ["no error", ""]
 
     jax.random.key(0)  # is compiled too: not to be counted below
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    refusals = {name: refusal(bad.call) for name, bad in BAD.items()}
-    compiled_for_bad = (compiled.cache_info().misses, compilations)
-    results = {}
-    for name, good in GOOD.items():
-        leaves = jax.tree.leaves(good.call())
-        values = [np.asarray(x, float).tolist() for x in leaves]
-        results[name] = [values, [str(x.dtype) for x in leaves]]
+    with compilations() as events:
+        refusals = {name: refusal(bad.call) for name, bad in BAD.items()}
+        compiled_for_bad = (compiled.cache_info().misses, len(events))
+        results = {}
+        for name, good in GOOD.items():
+            leaves = jax.tree.leaves(good.call())
+            values = [np.asarray(x, float).tolist() for x in leaves]
+            results[name] = [values, [str(x.dtype) for x in leaves]]
     return {
         "refusals": refusals,
         "compiled for bad calls": compiled_for_bad,
         "results": results,
-        "compiled for good calls": (compiled.cache_info().misses, compilations),
+        "compiled for good calls": (compiled.cache_info().misses, len(events)),
     }
 
 
 @pytest.fixture(scope="module")
 def reported() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", __file__],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("case", BAD)

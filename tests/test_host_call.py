@@ -1,12 +1,7 @@
 """Calls from compiled programs to the host, on several devices and one core."""
 
-import json
-import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import host_cases
@@ -14,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import report_of
 
 from jaxmf_opt import _host_call
 from jaxmf_opt._host_call import _Team
@@ -22,18 +18,7 @@ from jaxmf_opt._host_call import _Team
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     """What the script says, which has a process, devices and a core of its own."""
-    flags = f"--xla_force_host_platform_device_count={host_cases.DEVICES}"
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
-    done = subprocess.run(
-        [sys.executable, str(Path(host_cases.__file__))],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout)
+    return report_of(host_cases.__file__, devices=host_cases.DEVICES, timeout=500)
 
 
 @pytest.mark.parametrize("case", host_cases.CASES)

@@ -1,17 +1,12 @@
 """Solves and regions under `shard_map` and on sharded arrays, on four devices."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sharded_cases
 from jax.sharding import PartitionSpec as P
+from processes import report_of
 
 from jaxmf_opt import _varying, optimize
 
@@ -19,17 +14,9 @@ from jaxmf_opt import _varying, optimize
 @pytest.fixture(scope="module")
 def results() -> dict[str, float | str]:
     """What the script says, which has a process, and so devices, of its own."""
-    flags = f"--xla_force_host_platform_device_count={sharded_cases.DEVICES}"
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(Path(sharded_cases.__file__))],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
+    return report_of(
+        sharded_cases.__file__, devices=sharded_cases.DEVICES, warnings="error"
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("case", sharded_cases.CASES)

@@ -7,9 +7,6 @@ without these checks: this file, run as a script.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import report_of
 
 from jaxmf_opt import losses
 from jaxmf_opt.losses import workloads
@@ -352,15 +350,7 @@ def report() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def reported() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", __file__],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("case", BAD)

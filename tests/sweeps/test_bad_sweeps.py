@@ -7,8 +7,6 @@ checks, of several devices: this file, run as a script.
 
 import functools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import compilations
 from jax.sharding import Mesh
+from processes import report_of
 
 import jaxmf_opt
 from jaxmf_opt import combine, sweeps, traced
@@ -844,55 +844,39 @@ GOOD: dict[str, Good] = {
 
 def report() -> dict[str, Any]:
     """Makes all the calls and writes down what came of them."""
-    compilations = 0
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        nonlocal compilations
-        del duration_secs, kwargs
-        compilations += event == "/jax/core/compile/backend_compile_duration"
-
-    def refusal(call: Callable[[], Any]) -> list[Any]:
-        before = (compilations, evaluations)
-        try:
-            call()
-            said = ["no error", ""]
-        except Exception as e:
-            said = [type(e).__name__, str(e)]
-        return [*said, compilations - before[0], evaluations - before[1]]
-
     state()  # also compiles what makes an array of zeros: not to be counted below
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    refusals = {name: refusal(bad.call) for name, bad in BAD.items()}
-    # Of a size that no other call has compiled anything for.
-    early = refusal(lambda: sweep(lambda y, h: y, np.ones(7), H, batch_size=2))
-    results = {}
-    before = compilations
-    for name, good in GOOD.items():
-        leaves = jax.tree.leaves(good.call())
-        values = [np.asarray(x, float).tolist() for x in leaves]
-        results[name] = [values, [str(x.dtype) for x in leaves]]
-    return {
-        "refusals": refusals,
-        "refusal with a batch size": early,
-        "results": results,
-        "compiled for good calls": compilations - before,
-        "devices": jax.device_count(),
-    }
+    with compilations() as events:
+
+        def refusal(call: Callable[[], Any]) -> list[Any]:
+            before = (len(events), evaluations)
+            try:
+                call()
+                said = ["no error", ""]
+            except Exception as e:
+                said = [type(e).__name__, str(e)]
+            return [*said, len(events) - before[0], evaluations - before[1]]
+
+        refusals = {name: refusal(bad.call) for name, bad in BAD.items()}
+        # Of a size that no other call has compiled anything for.
+        early = refusal(lambda: sweep(lambda y, h: y, np.ones(7), H, batch_size=2))
+        results = {}
+        before = len(events)
+        for name, good in GOOD.items():
+            leaves = jax.tree.leaves(good.call())
+            values = [np.asarray(x, float).tolist() for x in leaves]
+            results[name] = [values, [str(x.dtype) for x in leaves]]
+        return {
+            "refusals": refusals,
+            "refusal with a batch size": early,
+            "results": results,
+            "compiled for good calls": len(events) - before,
+            "devices": jax.device_count(),
+        }
 
 
 @pytest.fixture(scope="module")
 def reported() -> dict[str, Any]:
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", __file__],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **settings},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return report_of(__file__, devices=DEVICES)
 
 
 @pytest.mark.parametrize("case", BAD)

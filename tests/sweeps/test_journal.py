@@ -26,33 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bits import Arrays, arrays_of, assert_same_bits
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, CallbackArgs, Solution, sweep, traced
 from jaxmf_opt._files import read_npz, write_npz
 from jaxmf_opt.sweeps import SweepInterrupted, _batch, _journal, _sweep
 from jaxmf_opt.sweeps._journal import Journal
 from jaxmf_opt.sweeps._meter import Meter
-
-Arrays = dict[str, np.ndarray]
-
-
-def arrays_of(tree: Any) -> Arrays:
-    """The leaves by their places, random keys as their data."""
-    out: Arrays = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            name, leaf = f"{name} {leaf.dtype}", jax.random.key_data(leaf)
-        out[name] = np.asarray(leaf)
-    return out
-
-
-def assert_same_bits(got: Any, want: Any) -> None:
-    got, want = (x if isinstance(x, dict) else arrays_of(x) for x in (got, want))
-    assert list(got) == list(want)
-    for name, x in want.items():
-        assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
-        assert got[name].tobytes() == x.tobytes(), name
 
 
 def numbered(directory: Path) -> list[Path]:

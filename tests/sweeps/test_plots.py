@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from optimistix import RESULTS
+from processes import report_of
 
 from jaxmf_opt import History, Solution, solve, sweep
 
@@ -852,15 +853,7 @@ def report() -> dict[str, str]:
 
 
 def test_without_checks_of_annotations():
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", __file__],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"},
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
+    outcomes = report_of(__file__, MPLBACKEND="Agg")
     for name, (_, words) in calls().items():
         for word in words:
             assert word in outcomes[name], (name, outcomes[name])

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bits import Arrays, arrays_of, assert_same_bits
 from jax.sharding import Mesh
 from jaxtyping import install_import_hook
+from processes import environment
 
 # The hook that pytest puts on the library does not reach into the processes.
 with install_import_hook("jaxmf_opt", "beartype.beartype"):
@@ -61,27 +63,6 @@ def valleys(mesh: Mesh | None, **changes: Any) -> Solution:
         "gtol": 1e-3,
     }
     return sweep(**arguments | changes, mesh=mesh)
-
-
-Arrays = dict[str, np.ndarray]
-
-
-def arrays_of(tree: Any) -> Arrays:
-    """The leaves by their places, random keys as their data."""
-    out: Arrays = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            name, leaf = f"{name} {leaf.dtype}", jax.random.key_data(leaf)
-        out[name] = np.asarray(leaf)
-    return out
-
-
-def assert_same_bits(got: Arrays, want: Arrays) -> None:
-    assert list(got) == list(want)
-    for name, x in want.items():
-        assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
-        assert got[name].tobytes() == x.tobytes(), name
 
 
 def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
@@ -296,18 +277,12 @@ def free_port() -> int:
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:
-    devices = DEVICES // job.processes
-    settings = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "0",
-    }
     with result_path(job, "log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, __file__, json.dumps(job)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | settings,
+            env=environment(DEVICES // job.processes),
         )
 
 

@@ -2,13 +2,9 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -23,6 +19,7 @@ import optimistix as optx
 import pytest
 from compiling import compilations
 from jax.sharding import Mesh
+from processes import report_of
 
 from jaxmf_opt import (
     DEFAULT_OPTIMIZER,
@@ -1161,20 +1158,7 @@ def run_on_devices() -> None:
 @pytest.fixture(scope="module")
 def on_devices() -> dict[str, str]:
     """What the process says."""
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    here = Path(__file__).parent
-    paths = os.pathsep.join(map(str, (here, here.parent)))
-    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _PROGRAM],
-        cwd=here.parents[1],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return report_of("-c", _PROGRAM, devices=DEVICES, warnings="error")
 
 
 # The hook that pytest puts on the library does not reach into that process.
