@@ -35,6 +35,17 @@ def few_programs():
         jax.clear_caches()
 
 
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption(
+        "--optimized",
+        action="store_true",
+        help="let XLA optimize what it compiles, as users do; takes twice the time",
+    )
+
+
+# Most of the time goes into compiling programs that run once, so XLA is to hurry.
+_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 # Many tests compile what others have compiled, in other processes too. JAX's cache of
 # compiled programs is theirs for one run of the suite.
 _CACHE = {
@@ -45,11 +56,25 @@ _CACHE = {
 
 
 def pytest_configure(config: pytest.Config):
+    config.addinivalue_line(
+        "markers", "bits: needs optimized programs; test_optimized.py runs it in some"
+    )
     if hasattr(config, "workerinput"):  # the environment of the first process is ours
         return
+    if not config.option.optimized:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
     os.environ.update(_CACHE)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp()
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    """Leaves tests of bits to `test_optimized.py`, if programs are not optimized."""
+    if config.option.optimized:
+        return
+    of_bits = [item for item in items if item.get_closest_marker("bits")]
+    config.hook.pytest_deselected(items=of_bits)
+    items[:] = [item for item in items if item not in of_bits]

@@ -272,6 +272,7 @@ def test_the_default_optimizer_is_that_of_upstream():
 # --- The sequence of steps ----------------------------------------------------------
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", EXACT)
 def test_every_step_is_that_of_upstream(name: str):
     """Loss, gradient, parameters and optimizer state of each step, to the bit."""
@@ -291,6 +292,7 @@ def test_the_run_gets_somewhere(name: str):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(steps[-1].params))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", EXACT)
 def test_the_result_is_that_of_upstream(name: str):
     """With a callback and without one, where the solve is a single program."""
@@ -318,6 +320,7 @@ def test_the_default_callback_of_upstream_stops_both_at_the_same_step(name: str)
     assert_identical(ours.result, ours.steps[-1].params)
 
 
+@pytest.mark.bits
 def test_the_setting_around_the_call_does_not_matter(x64: bool):
     del x64
     ran = compare(tree_problem())
