@@ -16,12 +16,13 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
-from ._linesearch import stored
+from ._loop import Loop, Pause
 from ._minimiser import LeanOptaxMinimiser, Tolerance, all_finite
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._solution import Solution
-from ._stall import is_default, is_stationary, minimiser_for
+from ._stall import is_stationary, minimiser_for
+from ._start import as_float64, is_of_problem, recording, start
 from ._state import Evaluations, History, MinimiserState, SolverState
 from ._structure import CACHE_SIZE
 from ._watch import Watch, WatchedMinimiser
@@ -62,28 +63,6 @@ class Told(NamedTuple):
     update: PyTree | None
     converged: Bool[Array, ""] | None
     row: History | None
-
-
-class Pause(NamedTuple):
-    """When a lane of a batch interrupts its solve.
-
-    Attributes:
-      steps: After this many steps.
-      keep: Or when at most this many lanes of the batch have anything left to do, so
-        that others can take the places of those that have finished.
-      axis_name: The mapped axis of the batch.
-    """
-
-    steps: Int[Array, ""]
-    keep: Int[Array, ""]
-    axis_name: str
-
-    def is_due(
-        self, on: Bool[Array, ""], steps_taken: Int[Array, ""]
-    ) -> Bool[Array, ""]:
-        """Whether to interrupt a solve that has, or has not, anything left to do."""
-        running = jax.lax.psum(on.astype(int), self.axis_name)
-        return (steps_taken >= self.steps) | (running <= self.keep)
 
 
 class Recipe:
@@ -196,7 +175,7 @@ class Recipe:
         else:
             y, begin = recording(start, self._history)
         minimiser, solution = self._minimise(
-            _as_float64(y), begin, captured, limit, tolerances, watched
+            as_float64(y), begin, captured, limit, tolerances, watched
         )
         whole = self.finish(_pinned(solution.value, solution.state), limit)
         if isinstance(minimiser, WatchedMinimiser):
@@ -264,7 +243,7 @@ class Recipe:
             captured,
             options=options,
             max_steps=None,
-            adjoint=_Loop(self._watch is not None, pause),
+            adjoint=Loop(self._watch is not None, pause),
             throw=False,
         )
         return minimiser, solution
@@ -410,98 +389,6 @@ class Recipe:
         return Tolerances(*map(jnp.float64, tolerances))
 
 
-def start(
-    optimizer: optax.GradientTransformation, params: PyTree, *, tests: bool
-) -> SolverState:
-    """The state before the first step.
-
-    Args:
-      optimizer: The optax transformation.
-      params: The starting point, of any real dtypes.
-      tests: Whether tolerances are looked at.
-
-    Returns:
-      The point, float64, and the state.
-    """
-    y = _as_float64(params)
-    minimiser = LeanOptaxMinimiser(optimizer, rtol=float(tests))
-    loss = jax.ShapeDtypeStruct((), jnp.float64)
-    return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
-
-
-def recording(state: SolverState, history: int | None) -> SolverState:
-    """The state, to record as many steps as `history` says, with none recorded yet."""
-    table = None if history is None else History.of_no_steps(history)
-    return SolverState(state.params, state.minimiser.with_history(table))
-
-
-def going_on(
-    state: SolverState,
-    optimizer: optax.GradientTransformation,
-    *,
-    tests: bool,
-    is_seen: bool,
-) -> SolverState:
-    """A state to go on from.
-
-    Args:
-      state: The state in which a run has ended.
-      optimizer: By which to go on.
-      tests: Whether there are tolerances. The state may be of a run without, and the
-        other way round.
-      is_seen: Whether there are callbacks. They see steps that change nothing, too.
-
-    Returns:
-      The state, ready for a run that decides by itself when to stop.
-    """
-    old = state.minimiser
-    no = jnp.array(False)
-    # It stands still by one optimizer, of which a state shows the shapes only. No other
-    # whose states look like those of the default is ever said to.
-    stalled = old.stalled if is_default(optimizer) and not is_seen else no
-    # A run evaluates the point at which it ends. This one begins with that evaluation.
-    again = jnp.array(1)
-    known = stored(old.opt_state, state.params) if old.reuses_linesearch else None
-    if known is not None:
-        again = jnp.where(jnp.isfinite(known.value), 0, 1)
-    again = jnp.where(old.ended & ~old.stalled, again, 0)
-    evaluations = Evaluations(
-        *(jnp.where(n > 0, n - again, n) for n in old.evaluations)
-    )
-    update, loss_before = None, None
-    if tests:
-        update, loss_before = old.update, old.loss_before
-        if update is None:  # as if there had been no step: so says no test by it
-            update = jax.tree.map(jnp.zeros_like, state.params)
-            loss_before = jnp.full_like(old.loss, jnp.inf)
-    parts = lambda s: (  # noqa: E731
-        *(s.converged, s.stalled, s.interrupted, s.ended),
-        *(s.evaluations, s.update, s.loss_before),
-    )
-    new_parts = (no, stalled, no, stalled, evaluations, update, loss_before)
-    minimiser = eqx.tree_at(parts, old, new_parts, is_leaf=lambda x: x is None)
-    return SolverState(state.params, minimiser)
-
-
-def is_of_problem(state: SolverState, loss: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether a state is that of a problem.
-
-    Args:
-      state: The state.
-      loss: The loss of the problem at the last finite point of the state.
-
-    Returns:
-      Whether it is the loss that the state remembers. Two compiled programs of one
-      loss may differ in its last bits, which are last bits of larger numbers if the
-      loss at the minimum is a small difference: hence the loss at the start as a scale.
-    """
-    of = state.minimiser
-    first = jnp.where(jnp.isfinite(of.first_loss), jnp.abs(of.first_loss), 0.0)
-    scale = jnp.maximum(jnp.abs(of.last_finite.loss), first)
-    is_same = jnp.abs(loss - of.last_finite.loss) <= 1e-8 * scale + 1e-20
-    return jnp.isnan(of.last_finite.loss) | is_same
-
-
 class Compiled(NamedTuple):
     """The methods of a recipe under `jax.jit`; each is compiled when first called."""
 
@@ -516,10 +403,6 @@ class Compiled(NamedTuple):
 def compiled(recipe: Recipe) -> Compiled:
     """The compiled form of a recipe, shared by all that are equal to it."""
     return Compiled(*(jax.jit(getattr(recipe, name)) for name in Compiled._fields))
-
-
-def _as_float64(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
 
 
 def _pinned(y: PyTree, state: MinimiserState) -> SolverState:
@@ -540,45 +423,3 @@ def _pinned(y: PyTree, state: MinimiserState) -> SolverState:
 
     last = lambda s: s.last_finite.params  # noqa: E731
     return SolverState(pin(y), eqx.tree_at(last, state, pin(last(state))))
-
-
-def _unused(*_: Any) -> Any:
-    raise AssertionError("the minimiser evaluates nothing before its first step")
-
-
-class _Loop(optx.AbstractAdjoint):
-    """Runs optimistix's loop.
-
-    In the place of an adjoint, because that is where optimistix lets one choose the
-    loop. Derivatives are taken around a solve, never through it.
-    """
-
-    goes_on_from_nonfinite: bool = eqx.field(static=True)
-    pause: Pause | None = None
-
-    def apply(
-        self, primal_fn: Callable, rewrite_fn: Callable, inputs: Any, tags: Any
-    ) -> Any:
-        """Runs `primal_fn`, which takes the loop as the last of its inputs."""
-        del rewrite_fn, tags
-
-        def while_loop(cond: Callable, body: Callable, init: Any, **_: Any) -> Any:
-            steps_before = init[2].step
-
-            def goes_on(carry: Any) -> Bool[Array, ""]:
-                # A callback is told of all steps, as upstream's is. optimistix would
-                # end a run that is no longer finite; all else is in the state.
-                y, _, state, _, terminate, _ = carry
-                on = ~terminate if self.goes_on_from_nonfinite else cond(carry)
-                if self.pause is None:
-                    return on
-                is_due = self.pause.is_due(on, state.step - steps_before)
-                if not self.goes_on_from_nonfinite:
-                    # optimistix sees one step later that a point is not finite, and
-                    # at once if it begins there.
-                    is_due &= all_finite(y)
-                return on & ~is_due
-
-            return jax.lax.while_loop(goes_on, body, init)
-
-        return primal_fn((*inputs, while_loop))

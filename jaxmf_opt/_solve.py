@@ -27,8 +27,9 @@ from ._implicit import solve_in_program
 from ._minimiser import Tolerance
 from ._objective import trace
 from ._optimizer import DEFAULT_OPTIMIZER
-from ._run import Recipe, Tolerances, compiled, going_on, is_of_problem, start
+from ._run import Recipe, Tolerances, compiled
 from ._solution import Solution, throw_failure
+from ._start import going_on, is_of_problem, start
 from ._state import SolverState
 from ._stepwise import solve_stepwise
 from ._watch import watch

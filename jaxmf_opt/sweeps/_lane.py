@@ -8,17 +8,11 @@ import jax
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
+from .._loop import Pause
 from .._objective import trace
-from .._run import (
-    Pause,
-    Recipe,
-    Tolerances,
-    going_on,
-    is_of_problem,
-    recording,
-    start,
-)
+from .._run import Recipe, Tolerances
 from .._solution import Solution
+from .._start import going_on, is_of_problem, recording, start
 from .._state import SolverState
 from .._watch import Watch
 from ._batch import AXIS
