@@ -1,10 +1,10 @@
 """Runs every benchmark: `python -m benchmarks` (from the root of the repository)."""
 
-from . import batches, callbacks, calls, losses, regions, steps, sweeps
+from . import callbacks, calls, comparison, losses, regions, steps, sweeps
 
 
 def main() -> None:
-    for benchmark in (calls, steps, batches, callbacks, regions, losses, sweeps):
+    for benchmark in (calls, steps, callbacks, regions, losses, sweeps, comparison):
         print((benchmark.__doc__ or "").strip(), end="\n\n")
         benchmark.main()
         print()

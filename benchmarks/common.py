@@ -1,13 +1,16 @@
 """What several benchmarks need."""
 
 import functools
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax_privacy.matrix_factorization import toeplitz
+
+T = TypeVar("T")
 
 
 def toeplitz_problem(n: int, bands: int) -> tuple[Callable[..., Any], jax.Array]:
@@ -21,3 +24,20 @@ def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
+
+
+def least_seconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    """The least time of some calls, after one that does not count: it compiles."""
+    seconds(call)
+    return min(seconds(call) for _ in range(repeats))
+
+
+def progress(
+    items: Sequence[T], what: str, name: Callable[[T], str] = str
+) -> Iterator[T]:
+    """Goes through items, and says on standard error which one it is at."""
+    for number, item in enumerate(items, 1):
+        text = f"{what} {number}/{len(items)}: {name(item)}"
+        print(f"\r{text:70}", end="", file=sys.stderr, flush=True)
+        yield item
+    print(f"\r{'':70}\r", end="", file=sys.stderr, flush=True)

@@ -35,15 +35,10 @@ from jaxtyping import Array
 from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER, solve, sweep
 from jaxmf_opt.losses import BandedToeplitz, workloads
 
-from .common import seconds
+from .common import least_seconds, seconds
 
 RTOL = 1e-6
 SIZE = 64
-
-
-def _least_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    seconds(call)
-    return min(seconds(call) for _ in range(repeats))
 
 
 def _toeplitz(coef: Array, momentum: Array, n: int) -> Array:
@@ -96,7 +91,7 @@ def _strategies(lanes: int) -> None:
 def row(name: str, every: Callable[[], Any], vmapped: Callable[[], Any]) -> None:
     """Prints how long both take, and how much their results differ."""
     mine, theirs = every(), vmapped()
-    ours, other = _least_seconds(every), _least_seconds(vmapped)
+    ours, other = least_seconds(every, 3), least_seconds(vmapped, 3)
     steps = np.asarray(mine.stats["num_steps"])
     least = np.asarray(theirs.stats["loss"])
     gap = np.max(np.abs(np.asarray(mine.stats["loss"]) / least - 1))
@@ -163,7 +158,7 @@ def _lanes(n: int, counts: tuple[int, ...]) -> None:
         for count in counts:
             momenta = np.linspace(0, 0.95, count)
             took = {
-                name: _least_seconds(call, 3 if count < 2000 else 2)
+                name: least_seconds(call, 3 if count < 2000 else 2)
                 for name, call in _ways(momenta, n, pool)
             }
             took["less tracing"] = took["sweep"] - took.pop("tracing")

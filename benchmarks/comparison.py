@@ -1,0 +1,453 @@
+"""Which solver is best at what? One table, of this library and of all its neighbours.
+
+CUTEst: the 126 unconstrained problems of sif2jax 0.0.8 with up to 200 variables, 1,000
+steps each, to gradients of 1e-5.
+
+* solved: the largest element of the gradient is at most 1e-5 max(1, |f|), or the loss
+  is within 1e-8, relatively, of the least that any solver of the run has found.
+* lied: on how many of the others a solver says that it has converged.
+* evaluations: executions of the loss, over the least that any solver needed; the median
+  of all problems, an unsolved one counting as infinite.
+
+DP-MF: seven mechanisms of all families, 1,000 steps each. A mechanism is solved by a
+solver if a tolerance of a ladder leads to a loss within 1e-8, relatively, of the least
+that was found. Numbers are those of the fastest such tolerance.
+
+* evaluations: as above.
+* cold, warm: seconds of a first call, compilation included, and of a later one, over
+  those of the fastest solver; medians as above.
+* 64 lanes: milliseconds for 64 momenta of a banded Toeplitz strategy (n = 256, 16
+  bands), every lane of them solved, in one vmapped call (SciPy: one after the other).
+* derivative: how far the derivative of a ratio of coefficients with respect to the
+  momentum is, relatively, from one by linear algebra on the Hessian; milliseconds of
+  it. By reverse mode, or by forward mode if that raises or is NaN.
+
+Where JAX has a GPU, the mechanisms are measured there once more, with absolute times.
+
+`python -m benchmarks.comparison` takes about half an hour and writes a JSON file and
+pictures into `out/`; `--quick` takes the first three problems of each kind. `--show
+FILE` prints the table of such a file as it stands in the README.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from . import profiles
+from .common import least_seconds, progress, seconds
+from .peers import OURS, THEIRS, Loss, Peer, ours
+from .problems import Problem, banded, mechanisms, unconstrained_cutest
+
+MAX_SIZE, MAX_STEPS, GTOL, FTOL = 200, 1000, 1e-5, 1e-8
+TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+PATIENCE = 10.0  # seconds, after which no smaller tolerance is tried
+LANES = 64
+# Compiled in a third of the time, with other roundings: enough to solve one of so many
+# problems or not.
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+PACKAGES = ("jax", "optax", "optimistix", "jaxopt", "scipy", "jax-privacy", "sif2jax")
+
+
+class End(NamedTuple):
+    """How a solver has ended."""
+
+    point: np.ndarray
+    says: bool
+    evaluations: int
+
+
+def call_of(peer: Peer, loss: Loss, steps: int, **options: Any) -> Callable[..., Any]:
+    """A solver as a function of start, hyperparameter and tolerance."""
+
+    def call(start: Any, hyperparam: Any, tol: Any) -> Any:
+        return peer.solve(loss, start, hyperparam, tol, steps)
+
+    return jax.jit(call, **options) if peer.compiled else call
+
+
+def counted_end(peer: Peer, problem: Problem, tol: float, **options: Any) -> End:
+    """The end of a solve, and how many evaluations it took."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+
+    def counted(y: Any, hyperparam: Any) -> Any:
+        jax.debug.callback(tick)
+        return problem.loss(y, hyperparam)
+
+    call = call_of(peer, counted, MAX_STEPS, **options)
+    point, says = call(problem.start, problem.hyperparam, tol)
+    point = np.asarray(point)
+    jax.effects_barrier()
+    return End(point, bool(says), count)
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What a call returns, or the name of what it raises."""
+    try:
+        return call()
+    except Exception as e:
+        return type(e).__name__
+
+
+# CUTEst.
+
+
+def run_cutest(peers: Mapping[str, Peer], problems: list[Problem]) -> dict[str, Any]:
+    """For each solver and problem: solved, what it says, evaluations."""
+    results: dict[str, dict[str, Any]] = {name: {} for name in peers}
+    for problem in progress(problems, "CUTEst", lambda p: p.name):
+        both = jax.jit(jax.value_and_grad(problem.loss), compiler_options=FAST)
+        ends, at_end = {}, {}
+        for name, peer in peers.items():
+            options = {"compiler_options": FAST} if peer.compiled else {}
+            end = attempt(
+                functools.partial(counted_end, peer, problem, GTOL, **options)
+            )
+            if isinstance(end, str):
+                results[name][problem.name] = {"solved": False, "raised": end}
+                continue
+            loss, grad = both(jnp.asarray(end.point), problem.hyperparam)
+            ends[name], at_end[name] = end, (float(loss), np.asarray(grad))
+        best = np.nanmin([loss for loss, _ in at_end.values()])
+        for name, end in ends.items():
+            loss, grad = at_end[name]
+            small = np.abs(grad).max() <= GTOL * max(1.0, abs(loss))
+            results[name][problem.name] = {
+                "solved": bool(small or loss - best <= FTOL * abs(best)),
+                "says": end.says,
+                "evaluations": end.evaluations,
+            }
+        jax.clear_caches()
+    return results
+
+
+# Mechanisms of DP-MF.
+
+
+def run_mechanisms(
+    peers: Mapping[str, Peer], problems: list[Problem]
+) -> dict[str, Any]:
+    """For each solver and problem: tolerance, evaluations, cold and warm seconds."""
+    results: dict[str, dict[str, Any]] = {name: {} for name in peers}
+    for problem in progress(problems, "mechanisms", lambda p: p.name):
+        loss = jax.jit(problem.loss)
+        tried: dict[str, list[dict[str, Any]]] = {}
+        for name, peer in peers.items():
+            jax.clear_caches()
+            call = functools.partial(
+                call_of(peer, problem.loss, MAX_STEPS),
+                *(problem.start, problem.hyperparam),
+            )
+            cold = seconds(functools.partial(call, 1e-6))
+            tried[name] = []
+            for tol in TOLERANCES:
+                begin = time.perf_counter()
+                point = jax.block_until_ready(call(tol)[0])
+                took = time.perf_counter() - begin
+                if took < 0.5:
+                    took = least_seconds(functools.partial(call, tol))
+                reached = float(loss(jnp.asarray(point), problem.hyperparam))
+                row = {"tol": tol, "loss": reached, "cold": cold, "warm": took}
+                tried[name].append(row)
+                if took > PATIENCE:
+                    break
+        best = min(row["loss"] for rows in tried.values() for row in rows)
+        for name, rows in tried.items():
+            good = [row for row in rows if row["loss"] - best <= FTOL * abs(best)]
+            gap = min(row["loss"] for row in rows) / best - 1
+            result = {"solved": bool(good), "gap": gap}
+            if good:
+                result |= min(good, key=lambda row: row["warm"])
+                end = counted_end(peers[name], problem, result["tol"])
+                result["evaluations"] = end.evaluations
+            results[name][problem.name] = result
+    return results
+
+
+def run_batch(peers: Mapping[str, Peer], lanes: int) -> dict[str, Any]:
+    """For each solver: the milliseconds of a batch, every lane of which is solved."""
+    problem = banded(256, 16)
+    momenta = jnp.linspace(0.0, 0.99, lanes)
+    losses = jax.jit(jax.vmap(problem.loss))
+    both = jax.jit(jax.vmap(jax.value_and_grad(problem.loss), (None, 0)))
+    evaluation = least_seconds(lambda: both(problem.start, momenta))
+    tried: dict[str, Any] = {}
+    for name, peer in progress(list(peers.items()), "lanes", lambda p: p[0]):
+
+        def every(momenta: Any, tol: Any, peer: Peer = peer) -> Any:
+            def one(momentum: Any) -> Any:
+                return peer.solve(problem.loss, problem.start, momentum, tol, 250)[0]
+
+            if peer.traceable:
+                return jax.vmap(one)(momenta)
+            return jnp.stack([one(m) for m in momenta])
+
+        call = jax.jit(every) if peer.compiled else every
+        tried[name] = []
+        # Traced, a solver in Python does not see its tolerance: one is enough.
+        blind = peer.traceable and not peer.compiled
+        for tol in TOLERANCES[-1:] if blind else TOLERANCES:
+            points = attempt(functools.partial(call, momenta, tol))
+            if isinstance(points, str):
+                tried[name] = points
+                break
+            again = functools.partial(call, momenta, tol)
+            took = least_seconds(again, 3) if peer.compiled else seconds(again)
+            reached = np.asarray(losses(points, momenta))
+            tried[name].append((took, tol, reached))
+    reached = [r[2] for rows in tried.values() if isinstance(rows, list) for r in rows]
+    best = np.min(reached, axis=0)
+    results: dict[str, Any] = {"one value and gradient": {"ms": 1e3 * evaluation}}
+    for name, rows in tried.items():
+        if isinstance(rows, str):
+            results[name] = {"raised": rows}
+            continue
+        good = [row for row in rows if np.all(row[2] - best <= FTOL * np.abs(best))]
+        took, tol, _ = min(good, default=(math.nan, math.nan, None), key=lambda r: r[0])
+        worst = min(float(np.max(row[2] / best - 1)) for row in rows)
+        results[name] = {"ms": 1e3 * took, "tol": tol, "gap": worst}
+    return results
+
+
+def ratio_of(point: Array) -> Array:
+    """A function of coefficients that does not depend on their scale."""
+    return point[4] / point[0]
+
+
+def reference_derivative(problem: Problem, point: Array) -> float:
+    """By the implicit function theorem, with the first coefficient held at 1.
+
+    The loss does not depend on the scale of the coefficients, so its Hessian in the
+    others is regular, and linear algebra does the rest.
+    """
+    rest = np.asarray(point[1:] / point[0])
+
+    def loss(rest: Array, momentum: Any) -> Array:
+        return problem.loss(jnp.concatenate([jnp.ones(1), rest]), momentum)
+
+    gradient, hessian = jax.jit(jax.grad(loss)), jax.jit(jax.hessian(loss))
+    for _ in range(5):  # Newton's method, so that the point is exact
+        step = np.linalg.solve(
+            hessian(rest, problem.hyperparam), gradient(rest, problem.hyperparam)
+        )
+        rest = rest - step
+    mixed = jax.jacfwd(jax.grad(loss), 1)(rest, problem.hyperparam)
+    return float(-np.linalg.solve(hessian(rest, problem.hyperparam), mixed)[3])
+
+
+def run_derivative(peers: Mapping[str, Peer]) -> dict[str, Any]:
+    """For each solver: the error of a derivative, and milliseconds of it."""
+    problem = banded(128, 16)
+    point, _ = call_of(peers["ROBUST_OPTIMIZER"], problem.loss, 250)(
+        problem.start, problem.hyperparam, 1e-8
+    )
+    exact = reference_derivative(problem, point)
+    results = {}
+    for name, peer in progress(list(peers.items()), "derivatives", lambda p: p[0]):
+
+        def ratio(momentum: Any, peer: Peer = peer) -> Any:
+            point, _ = peer.solve(problem.loss, problem.start, momentum, 1e-8, 250)
+            return ratio_of(jnp.asarray(point))
+
+        for mode, transform in (("reverse", jax.grad), ("forward", jax.jacfwd)):
+            of = transform(ratio)
+            call = functools.partial(
+                jax.jit(of) if peer.compiled else of, problem.hyperparam
+            )
+            derivative = attempt(call)
+            if isinstance(derivative, str):
+                results[name] = {"raised": derivative}
+                continue
+            error = abs(float(derivative) / exact - 1)
+            # What is not compiled as a whole compiles its parts at every call.
+            took = least_seconds(call, 3) if peer.compiled else seconds(call)
+            results[name] = {"error": error, "ms": 1e3 * took, "mode": mode}
+            if math.isfinite(error):
+                break
+    return results
+
+
+# The whole.
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """All results, as they are written into the JSON file."""
+    few = slice(3 if quick else None)
+    by_gradient = {name: Peer(ours(optimizer)) for name, optimizer in OURS.items()}
+    by_rtol = {name: Peer(ours(o, "rtol")) for name, o in OURS.items()}
+    cpu = jax.devices("cpu")[0]
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    results: dict[str, Any] = {"versions": versions, "cores": os.cpu_count()}
+    results["python"] = platform.python_version()
+    with jax.enable_x64():
+        with jax.default_device(cpu):
+            results |= _on_device(by_rtol | THEIRS, few)
+            results["derivative"] = run_derivative(by_rtol | THEIRS)
+            problems = list(unconstrained_cutest(MAX_SIZE))[few]
+            results["cutest"] = run_cutest(by_gradient | THEIRS, problems)
+        if jax.default_backend() == "gpu":
+            device = jax.devices()[0]
+            with jax.default_device(device):
+                compiled = {k: p for k, p in THEIRS.items() if p.compiled}
+                results["gpu"] = _on_device(by_rtol | compiled, few)
+                results["gpu"]["device"] = device.device_kind
+    return results
+
+
+def _on_device(peers: Mapping[str, Peer], few: slice) -> dict[str, Any]:
+    return {
+        "mechanisms": run_mechanisms(peers, list(mechanisms())[few]),
+        "batch": run_batch(peers, LANES),
+    }
+
+
+def ratios(results: Mapping[str, Any], key: str) -> dict[str, list[float]]:
+    """For each solver: a number over that of the best solver, problem by problem."""
+    names = next(iter(results.values())).keys()
+    least = {
+        problem: min(
+            (of[problem][key] for of in results.values() if of[problem]["solved"]),
+            default=math.inf,
+        )
+        for problem in names
+    }
+    return {
+        solver: [
+            of[problem][key] / least[problem] if of[problem]["solved"] else math.inf
+            for problem in names
+        ]
+        for solver, of in results.items()
+    }
+
+
+COLUMNS = (
+    *("CUTEst solved", "lied", "evaluations"),
+    *("DP-MF solved", "evaluations", "cold", "warm"),
+    *("64 lanes [ms]", "derivative", "[ms]"),
+)
+
+
+def rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The cells of the table, the best of each column in bold."""
+    cutest, made = results["cutest"], results["mechanisms"]
+    columns: list[dict[str, Any]] = [
+        {k: sum(r["solved"] for r in of.values()) for k, of in cutest.items()},
+        {
+            k: sum(r.get("says", False) and not r["solved"] for r in of.values())
+            for k, of in cutest.items()
+        },
+        _medians(cutest, "evaluations"),
+        {k: sum(r["solved"] for r in of.values()) for k, of in made.items()},
+        *(_medians(made, key) for key in ("evaluations", "cold", "warm")),
+        {k: r.get("ms", r.get("raised")) for k, r in results["batch"].items()},
+        {k: r.get("error", r.get("raised")) for k, r in results["derivative"].items()},
+        {k: r.get("ms", math.nan) for k, r in results["derivative"].items()},
+    ]
+    formats = ("d", "d", ".1f", "d", ".1f", ".1f", ".1f", ".1f", ".0e", ".1f")
+    best = [
+        (max if i in (0, 3) else min)(
+            (v for k, v in column.items() if k in cutest and _is_number(v)),
+            default=None,
+        )
+        for i, column in enumerate(columns)
+    ]
+    for solver in cutest:
+        cells = [
+            _cell(column[solver], how, column[solver] == least)
+            for column, how, least in zip(columns, formats, best, strict=True)
+        ]
+        if results["derivative"][solver].get("mode") == "forward":
+            cells[-2] += " (forward)"
+        yield [f"`{solver}`" if solver in OURS else solver, *cells]
+
+
+def _medians(results: Mapping[str, Any], key: str) -> dict[str, float]:
+    return {k: statistics.median(v) for k, v in ratios(results, key).items()}
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, str) and math.isfinite(value)
+
+
+def _cell(value: Any, how: str, is_best: bool) -> str:
+    if isinstance(value, str):
+        return f"`{value}`"
+    if not math.isfinite(value):
+        return "-"
+    text = format(value, how)
+    return f"**{text}**" if is_best else text
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The table, in Markdown."""
+    lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows(results)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def details(results: Mapping[str, Any]) -> Iterator[str]:
+    """Milliseconds of each mechanism and solver, in plain text."""
+    made = results["mechanisms"]
+    names = list(next(iter(made.values())))
+    yield "warm milliseconds (first call in seconds; evaluations)"
+    for number, name in enumerate(names):
+        yield f"  [{number}] {name}"
+    yield f"{'':26}" + "".join(f"{f'[{i}]':>22}" for i in range(len(names)))
+    for solver, of in made.items():
+        cells = (
+            f"{1e3 * r['warm']:.1f} ({r['cold']:.1f}; {r['evaluations']})"
+            if r["solved"]
+            else f"gap {r['gap']:.0e}"
+            for r in (of[name] for name in names)
+        )
+        yield f"{solver:26}" + "".join(f"{cell:>22}" for cell in cells)
+    for name, r in results["batch"].items():
+        took = f"{r['ms']:9.1f}" if "ms" in r else r["raised"]
+        yield f"{LANES} lanes, {name:26} {took} ms"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--show", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    options = parser.parse_args(arguments)
+    if options.show:
+        print(table(json.loads(options.show.read_text())))
+        return
+    results = measure(options.quick)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "comparison.json").write_text(json.dumps(results, indent=1))
+    profiles.draw(
+        {
+            "CUTEst: evaluations": ratios(results["cutest"], "evaluations"),
+            "DP-MF: time of a warm call": ratios(results["mechanisms"], "warm"),
+        },
+        options.out / "comparison.png",
+    )
+    print(table(results), end="\n\n")
+    print(*details(results), sep="\n")
+    if "gpu" in results:
+        print(f"\non {results['gpu']['device']}")
+        print(*details(results["gpu"]), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
