@@ -43,6 +43,16 @@ class CallbackArgs:
       params: The parameters *after* the step, as float64 arrays.
       state: The state of the optax optimizer after the step, so that
         `optax.tree.get(info.state, "learning_rate")` works.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> def callback(info: CallbackArgs):
+      ...     print(info.step, f"{info.loss:.3f}", f"{info.params:.3f}")
+      >>> y = optimize(lambda y: (y - 3.0) ** 2, 1.0, callback=callback,
+      ...              max_optimizer_steps=2)
+      0 4.000 2.000
+      1 1.000 3.000
     """
 
     step: int
@@ -113,13 +123,17 @@ class traced:  # noqa: N801, a decorator
     that have stopped while others go on).
 
     Example:
-      As a decorator::
-
-        @traced
-        def small_gradient(info: CallbackArgs):
-            return jnp.max(jnp.abs(info.grad)) < 1e-6
-
-        jax.vmap(lambda c: optimize(lambda y: loss(y, c), y0, callback=small_gradient))
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> @traced
+      ... def low_enough(info):
+      ...     return info.loss < 1e-3
+      >>> def closest(c):
+      ...     loss = lambda y: jnp.cosh(y - c)
+      ...     return optimize(loss, 0.0, callback=low_enough)
+      >>> jax.vmap(closest)(jnp.array([1.0, 2.0]))
+      Array([1., 2.], dtype=float32)
     """
 
     def __init__(self, fn: Callable[[CallbackArgs], Any]):
@@ -147,6 +161,15 @@ class combine:  # noqa: N801, reads as a function
 
     Callbacks that are marked as `traced` are compiled into the solve, provided that
     the solve is compiled: if none of the others is plain Python, or within `jax.jit`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import callbacks, optimize
+      >>> recorder = callbacks.Recorder()
+      >>> stop = callbacks.small_gradient(1e-6)
+      >>> y = optimize(jnp.cosh, 1.0, callback=combine(recorder, stop))
+      >>> bool(recorder.records[0].grad_norm[-1] < 1e-3)
+      True
     """
 
     def __init__(self, *callbacks: CallbackFnType):

@@ -43,10 +43,15 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
     a plain optax loop, to the bit.
 
     Example:
-      As a solver of optimistix::
+      As a solver of optimistix:
 
-        solver = LeanOptaxMinimiser(optax.lbfgs(), rtol=1e-8, atol=1e-8)
-        solution = optimistix.minimise(fn, solver, y0)
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optimistix as optx
+      >>> solver = LeanOptaxMinimiser(optax.lbfgs(), rtol=1e-5, atol=1e-5)
+      >>> fn = lambda y, shift: jnp.sum((y - shift) ** 2)
+      >>> optx.minimise(fn, solver, jnp.zeros(2), args=2.0).value
+      Array([2., 2.], dtype=float32)
     """
 
     gtol: Tolerance

@@ -55,6 +55,14 @@ def jax_enable_x64(fn: Callable[_P, _R]) -> Callable[_P, _R]:
 
     Raises:
       TypeError: If `fn` is not callable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> @jax_enable_x64
+      ... def third(x):
+      ...     return jnp.asarray(x, float) / 3
+      >>> third(1.0)
+      Array(0.33333333, dtype=float64)
     """
     if not callable(fn):
         raise TypeError(f"jax_enable_x64: `fn` must be callable, got {fn!r}.")

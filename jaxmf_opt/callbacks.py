@@ -34,12 +34,26 @@ def small_gradient(gtol: float | Float[Array, ""]) -> traced:
 
     Returns:
       A traced callback.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> optimize(jnp.cosh, jnp.array(1.0), callback=small_gradient(1e-6)) < 1e-6
+      Array(True, dtype=bool)
     """
     return traced(lambda info: optx.max_norm(info.grad) <= gtol)
 
 
 class NoProgress:
-    """Stops when the loss has not improved for some steps."""
+    """Stops when the loss has not improved for some steps.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import solve
+      >>> solution = solve(jnp.cosh, 1.0, callback=NoProgress(steps=3, rtol=1e-9))
+      >>> bool(solution.stats["num_steps"] < 20)
+      True
+    """
 
     def __init__(self, steps: int, rtol: float = 0.0):
         """Sets the limits.
@@ -68,7 +82,13 @@ class NoProgress:
 
 
 class TimeLimit:
-    """Stops when a solve has run for some time, counted from its first step."""
+    """Stops when a solve has run for some time, counted from its first step.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> y = optimize(jnp.cosh, 1.0, callback=TimeLimit(seconds=60.0))
+    """
 
     def __init__(self, seconds: float):
         """Sets the limit.
@@ -94,10 +114,13 @@ class Progress:
     of the lane that it heard of last.
 
     Example:
-      As a context manager, which ends the line::
+      As a context manager, which ends the line:
 
-        with Progress(total=250) as progress:
-            optimize(loss, params, callback=progress)
+      >>> import io
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> with Progress(total=10, file=io.StringIO()) as progress:
+      ...     y = optimize(jnp.cosh, 1.0, max_optimizer_steps=10, callback=progress)
     """
 
     def __init__(self, total: int | None = None, **options: Any):
@@ -160,12 +183,19 @@ class Recorder:
     """Collects loss and gradient norm of each step of each solve that it is given to.
 
     Example:
-      To plot how two solves converge::
+      To plot how two solves converge:
 
-        recorder = Recorder()
-        jax.vmap(lambda c: optimize(loss_of(c), y0, callback=recorder))(cs)
-        for record in recorder.records:
-            plt.semilogy(record.step, record.grad_norm, label=str(record.lane))
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> from matplotlib.figure import Figure
+      >>> recorder = Recorder()
+      >>> def closest(c):
+      ...     return optimize(lambda y: jnp.cosh(y - c), 0.0, callback=recorder)
+      >>> y = jax.vmap(closest)(jnp.array([1.0, 2.0]))
+      >>> ax = Figure().subplots()
+      >>> for record in recorder.records:
+      ...     _ = ax.semilogy(record.step, record.grad_norm, label=str(record.lane))
     """
 
     def __init__(self):
@@ -202,10 +232,15 @@ class Checkpoint:
     to count anew. One solve at a time: for several, take several files.
 
     Example:
-      The same lines start a run and continue it::
+      The same lines start a run and continue it:
 
-        checkpoint = Checkpoint("run.npz", every=10)
-        solve(loss, params, callback=checkpoint, state=checkpoint.load())
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import solve
+      >>> path = tempfile.mkdtemp() + "/run.npz"
+      >>> checkpoint = Checkpoint(path, every=2)
+      >>> options = {"callback": checkpoint, "state": checkpoint.load()}
+      >>> solution = solve(jnp.cosh, 1.0, max_optimizer_steps=6, **options)
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int = 1):

@@ -385,6 +385,14 @@ def robust_lbfgs(
     Returns:
       A transformation whose update needs `value`, `grad` and `value_fn`. Its state ends
       in the state of the line search, with value and gradient at the accepted point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> valley = lambda y: 1e4 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2
+      >>> start = jnp.array([-1.2, 1.0])
+      >>> optimize(valley, start, optimizer=robust_lbfgs(memory_size=5), gtol=1e-8)
+      Array([1., 1.], dtype=float32)
     """
     lbfgs = skip_bad_pairs(optax.scale_by_lbfgs(memory_size))
     directions = short_first_step(restart_when_stuck(rescale_variables(lbfgs)))

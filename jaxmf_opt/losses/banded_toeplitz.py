@@ -26,6 +26,16 @@ class BandedToeplitz(BandedMechanism):
 
     Where no example takes part twice within `bands` steps, the sensitivity is
     exact, and the mechanism can be amplified by sampling.
+
+    Example:
+      >>> from jaxmf_opt import optimize
+      >>> mechanism = BandedToeplitz(100, bands=4, min_sep=25, max_participations=4)
+      >>> start = mechanism.initial_params()
+      >>> coef = optimize(mechanism.loss, start, rtol=1e-6)
+      >>> bool(mechanism.loss(coef) < mechanism.loss(start))
+      True
+      >>> mechanism.strategy_coef(coef).shape
+      (100,)
     """
 
     # Inherited, which type checkers do not see of a dataclass.

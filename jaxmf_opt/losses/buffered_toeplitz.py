@@ -66,6 +66,18 @@ class BufferedToeplitz(ToeplitzMechanism):
 
     Attributes:
       num_buffers: The number of buffers.
+
+    Example:
+      >>> from jaxmf_opt import ROBUST_OPTIMIZER, optimize
+      >>> mechanism = BufferedToeplitz(1000, num_buffers=2)
+      >>> params = optimize(
+      ...     mechanism.loss,
+      ...     mechanism.initial_params(),
+      ...     optimizer=ROBUST_OPTIMIZER,
+      ...     rtol=1e-6,
+      ... )
+      >>> mechanism.buffers(params).buf_decay.shape
+      (2,)
     """
 
     num_buffers: int = eqx.field(static=True)

@@ -67,6 +67,14 @@ class Dense(eqx.Module):
       max_error: Whether the error is the largest of all steps, and not their mean.
       valid: Whether the set-up is possible, as far as that could not be seen when the
         mechanism was made. If it is not, every result is NaN.
+
+    Example:
+      >>> from jaxmf_opt import optimize
+      >>> mechanism = Dense(16, min_sep=4, max_participations=4)
+      >>> start = mechanism.initial_params()
+      >>> gram = optimize(mechanism.loss_and_gradient, start, grad=True, gtol=1e-3)
+      >>> mechanism.strategy_matrix(gram).shape
+      (16, 16)
     """
 
     n: Any

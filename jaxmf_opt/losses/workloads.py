@@ -40,6 +40,10 @@ def prefix_sum(n: Static) -> Float[Array, " n"]:
     Raises:
       TypeError: If `n` is not a whole number.
       ValueError: If it is less than 1.
+
+    Example:
+      >>> prefix_sum(3)
+      Array([1., 1., 1.], dtype=float32)
     """
     return jnp.ones(check_static_count("n", n))
 
@@ -59,6 +63,10 @@ def momentum(n: Static, momentum: Number) -> Float[Array, " n"]:
     Raises:
       TypeError: If an argument is of the wrong type.
       ValueError: If an argument is impossible.
+
+    Example:
+      >>> momentum(4, 0.5)
+      Array([1.   , 1.5  , 1.75 , 1.875], dtype=float32)
     """
     return weight_decay(n, 1.0, momentum)
 
@@ -82,6 +90,10 @@ def weight_decay(
     Raises:
       TypeError: If an argument is of the wrong type.
       ValueError: If an argument is impossible.
+
+    Example:
+      >>> weight_decay(3, 0.5)
+      Array([1.  , 0.5 , 0.25], dtype=float32)
     """
     n = check_static_count("n", n)
     requirements = Requirements()
@@ -129,6 +141,10 @@ def linear_cooldown(
     Raises:
       TypeError: If an argument is of the wrong type.
       ValueError: If an argument is impossible.
+
+    Example:
+      >>> linear_cooldown(4, fraction=0.5, final=0.5)
+      Array([1. , 1. , 1. , 0.5], dtype=float32)
     """
     requirements = Requirements()
     n, _ = check_n(requirements, n, check_static_count("max_n", max_n))
@@ -164,6 +180,10 @@ def exponential_decay(
     Raises:
       TypeError: If an argument is of the wrong type.
       ValueError: If an argument is impossible.
+
+    Example:
+      >>> exponential_decay(3, final=0.25)
+      Array([1.  , 0.5 , 0.25], dtype=float32)
     """
     requirements = Requirements()
     n, _ = check_n(requirements, n, check_static_count("max_n", max_n))
@@ -199,6 +219,12 @@ def matrix(
     Raises:
       TypeError: If an argument is of the wrong type.
       ValueError: If an argument is impossible.
+
+    Example:
+      >>> matrix(prefix_sum(3), linear_cooldown(3, fraction=1.0, final=0.5))
+      Array([[1.  , 0.  , 0.  ],
+             [1.  , 0.75, 0.  ],
+             [1.  , 0.75, 0.5 ]], dtype=float32)
     """
     coef = jnp.asarray(check_vector("workload_coef", workload_coef))
     requirements = Requirements()

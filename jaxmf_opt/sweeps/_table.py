@@ -29,6 +29,16 @@ def best_lane(solution: Solution) -> int:
     Raises:
       TypeError: If it is no solution.
       ValueError: If it has no lanes, or none with a finite loss.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jaxmf_opt import sweep
+      >>> loss = lambda x, rate: jnp.sum((x - 1.0) ** 2)
+      >>> rates = jnp.array([0.01, 0.5, 1.1])
+
+      >>> best_lane(sweep(loss, jnp.zeros(2), rates, optimizer=optax.sgd, gtol=1e-6))
+      1
     """
     losses = np.asarray(lanes_of_solution(solution).stats["loss"])
     if not np.isfinite(losses).any():
@@ -52,6 +62,17 @@ def failed_lanes(solution: Solution) -> dict[int, str]:
     Raises:
       TypeError: If it is no solution.
       ValueError: If it has no lanes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jaxmf_opt import sweep
+      >>> loss = lambda x, rate: jnp.sum((x - 1.0) ** 2)
+      >>> rates = jnp.array([0.01, 0.5, 1.1])
+
+      >>> solution = sweep(loss, jnp.zeros(2), rates, optimizer=optax.sgd, gtol=1e-6)
+      >>> failed_lanes(solution)
+      {0: 'nonlinear_max_steps_reached', 2: 'nonlinear_max_steps_reached'}
     """
     names = statuses(lanes_of_solution(solution).result)
     return {i: str(name) for i, name in enumerate(names) if name != "successful"}
@@ -129,6 +150,17 @@ def table(
       TypeError: If `solution` is no solution, or `in_axes` is of a wrong kind.
       ValueError: If `hyperparams` are of another number of lanes, or two columns would
         have the same name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import sweep
+      >>> targets = {"target": jnp.arange(3.0)}
+      >>> loss = lambda x, h: jnp.sum((x - h["target"]) ** 2)
+      >>> found = table(sweep(loss, jnp.zeros(2), targets, gtol=1e-9), targets)
+      >>> found
+      SweepTable of lane, target, loss, grad_norm, num_steps, status
+      >>> found["target"]
+      array([0., 1., 2.], dtype=float32)
     """
     stats = lanes_of_solution(solution).stats
     count = np.size(stats["loss"])

@@ -60,6 +60,15 @@ def convergence(
       TypeError: If `solution` is no solution.
       ValueError: If it has no lanes or no history, `of` is unknown, or `values` are not
         one for each lane.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import sweep
+      >>> loss = lambda x, h: jnp.sum(jnp.cosh(x - h["shift"])) + h["weight"] * x @ x
+      >>> h = {"shift": jnp.arange(4.0), "weight": jnp.array([0.1, 0.1, 1.0, 1.0])}
+
+      >>> solution = sweep(loss, jnp.zeros(2), h, gtol=1e-6, history=True)
+      >>> ax = convergence(solution, h["shift"], label="shift")
     """
     stats = lanes_of_solution(solution).stats
     if "history" not in stats:
@@ -142,6 +151,15 @@ def final_loss(
       TypeError: If `solution` is no solution.
       ValueError: If it has no lanes, none has a finite loss, or `values` are not one
         for each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import sweep
+      >>> loss = lambda x, h: jnp.sum(jnp.cosh(x - h["shift"])) + h["weight"] * x @ x
+      >>> h = {"shift": jnp.arange(4.0), "weight": jnp.array([0.1, 0.1, 1.0, 1.0])}
+
+      >>> solution = sweep(loss, jnp.zeros(2), h, gtol=1e-6)
+      >>> ax = final_loss(solution, h["shift"], label="shift")
     """
     best = best_lane(solution)
     losses = np.asarray(solution.stats["loss"], float)
@@ -207,6 +225,15 @@ def heat_map(
       TypeError: If `solution` is no solution.
       ValueError: If it has no lanes, none has a finite loss, or `x` or `y` are not one
         for each.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import sweep
+      >>> loss = lambda x, h: jnp.sum(jnp.cosh(x - h["shift"])) + h["weight"] * x @ x
+      >>> h = {"shift": jnp.arange(4.0), "weight": jnp.array([0.1, 0.1, 1.0, 1.0])}
+
+      >>> solution = sweep(loss, jnp.zeros(2), h, gtol=1e-6)
+      >>> ax = heat_map(solution, h["shift"], h["weight"], labels=("shift", "weight"))
     """
     best = best_lane(solution)
     losses = np.asarray(solution.stats["loss"], float)

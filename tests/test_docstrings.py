@@ -1,0 +1,71 @@
+"""Examples in docstrings give what they show, and nothing public is without one."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+
+import matplotlib
+import pytest
+
+import jaxmf_opt
+from jaxmf_opt import callbacks, losses, robust, sweeps
+from jaxmf_opt.losses import workloads
+from jaxmf_opt.sweeps import plots
+
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages(jaxmf_opt.__path__, "jaxmf_opt.")
+    if not m.name.endswith("__main__")
+]
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+# What is handed out, and not called: the docstring of its maker has the example. The
+# transformations that `robust_lbfgs` is made of are for those who read its code.
+HANDED_OUT = {
+    *("Lane", "Solution", "History", "MinimiserState", "SolverState", "Record"),
+    *("SweepInterrupted", "SweepTable", "Buffers", "RescaledState", "RestartState"),
+    *("RobustOptimizer", "skip_bad_pairs", "rescale_variables", "restart_when_stuck"),
+    *("short_first_step", "finite_trials", "refuse_uphill", "rounding_floor"),
+}
+
+
+def public(module: ModuleType) -> dict[str, object]:
+    """The functions and classes of the project that a module offers."""
+    return {
+        f"{module.__name__}.{name}": x
+        for name, x in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(x) or inspect.isfunction(x))
+        and x.__module__.startswith("jaxmf_opt")
+        and (module.__name__ != "jaxmf_opt.callbacks" or x.__module__.endswith("backs"))
+    }
+
+
+PUBLIC = {
+    name: x
+    for module in (jaxmf_opt, callbacks, losses, robust, sweeps, workloads, plots)
+    for name, x in public(module).items()
+    if x.__module__ == module.__name__ or hasattr(module, "__path__")
+}
+
+
+def test_there_are_many():
+    assert len(PUBLIC) > 40
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_has_a_docstring_with_an_example(name: str):
+    doc = PUBLIC[name].__doc__
+    assert doc
+    assert (">>>" in doc) or name.rpartition(".")[2] in HANDED_OUT
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str):
+    module = importlib.import_module(name)
+    matplotlib.use("Agg", force=True)
+    results = doctest.testmod(module, optionflags=FLAGS)
+    assert not results.failed
+    assert results.attempted == inspect.getsource(module).count(">>> ")
