@@ -75,6 +75,7 @@ def optimize(
         real array or number, or `loss_fn` does not return real floating-point numbers.
       ValueError: If an argument has an impossible value, `params` has no leaves, or
         `loss_fn` returns a loss or gradient of the wrong shape.
+      RuntimeError: If the process was forked off one that had used JAX.
 
     Example:
       >>> import jax.numpy as jnp

@@ -23,6 +23,7 @@ from ._checks import (
     check_steps,
     check_tolerance,
 )
+from ._fork import check_process
 from ._implicit import solve_in_program
 from ._minimiser import Tolerance
 from ._objective import trace
@@ -105,6 +106,7 @@ def solve(
         another problem: if `loss_fn` has another value where the state has been. (If
         values are traced this cannot be raised; the solution is NaN then, and its
         result `nonfinite`.)
+      RuntimeError: If the process was forked off one that had used JAX.
       equinox.EquinoxRuntimeError: With `throw`, if the result is no success.
 
     Example:
@@ -116,6 +118,7 @@ def solve(
       >>> solve(loss, jnp.zeros(2), rtol=1e-6, state=first.state).value
       Array([1., 1.], dtype=float32)
     """
+    check_process()
     check_callable("loss_fn", loss_fn)
     check_params(params)
     max_steps = check_steps(max_optimizer_steps)

@@ -25,6 +25,7 @@ from .._checks import (
     check_tolerance,
     check_untraced,
 )
+from .._fork import check_process
 from .._minimiser import Tolerance
 from .._optimizer import DEFAULT_OPTIMIZER
 from .._run import Tolerances
@@ -120,6 +121,7 @@ def sweep(
       ValueError: If an argument has an impossible value; if there are no lanes, arrays
         disagree about their number, or the mesh does not divide it; if `checkpoint_dir`
         belongs to another sweep, or is damaged.
+      RuntimeError: If the process was forked off one that had used JAX.
       OSError: If `checkpoint_dir` cannot be written.
       ModuleNotFoundError: With `progress`, if tqdm is not installed.
       SweepInterrupted: A `KeyboardInterrupt` that has the lanes which have ended.
@@ -135,6 +137,7 @@ def sweep(
       >>> solution.value[:, 0]
       Array([0., 1., 2.], dtype=float32)
     """
+    check_process()
     check_callable("loss_fn", loss_fn, arguments=2)
     check_params(params)
     max_steps = check_steps(max_optimizer_steps)
