@@ -1,10 +1,10 @@
 """Which parts of `ROBUST_OPTIMIZER` matter?
 
 Each part is left out in turn, and the numbers are varied, on the unconstrained CUTEst
-problems that are not solved by all these variants. What is solved, and what a lie is:
-see `benchmarks.comparison`.
+problems that are not solved by all these variants. `benchmarks.comparison` says
+what that is.
 
-* solved, lied: how many problems.
+* solved, said: how many problems are solved, and how many others wrongly said to be.
 * evaluations: of the loss, with or without a gradient, on all problems together.
 """
 
@@ -79,14 +79,14 @@ def main() -> None:
         problems = [p for p in unconstrained_cutest(MAX_SIZE) if p.name in HARD]
         results = run_cutest(VARIANTS, problems)
     print(
-        f"{len(problems)} problems{'':19} {'solved':>6} {'lied':>5} {'evaluations':>11}"
+        f"{len(problems)} problems{'':19} {'solved':>6} {'said':>5} {'evaluations':>11}"
     )
     for name, of in results.items():
         solved = sum(r["solved"] for r in of.values())
-        lied = sum(r.get("says", False) and not r["solved"] for r in of.values())
+        said = sum(r.get("says", False) and not r["solved"] for r in of.values())
         evaluations = sum(r.get("evaluations", 0) for r in of.values())
         unsolved = " ".join(p for p, r in of.items() if not r["solved"])
-        print(f"{name:30} {solved:6} {lied:5} {evaluations:11}  {unsolved}")
+        print(f"{name:30} {solved:6} {said:5} {evaluations:11}  {unsolved}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ steps each, to gradients of 1e-5.
 
 * solved: the largest element of the gradient is at most 1e-5 max(1, |f|), or the loss
   is within 1e-8, relatively, of the least that any solver of the run has found.
-* lied: on how many of the others a solver says that it has converged.
+* wrongly said: on how many of the others a solver says that it has converged.
 * evaluations: executions of the loss, over the least that any solver needed; the median
   of all problems, an unsolved one counting as infinite.
 
@@ -26,7 +26,8 @@ Where JAX has a GPU, the mechanisms are measured there once more, with absolute 
 
 `python -m benchmarks.comparison` takes about half an hour and writes a JSON file and
 pictures into `out/`; `--quick` takes the first three problems of each kind. `--show
-FILE` prints the table of such a file as it stands in the README.
+FILE` prints the table of such a file; that in the README is of
+`benchmarks/comparison.json`.
 """
 
 import argparse
@@ -35,10 +36,9 @@ import json
 import math
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from . import profiles
+from . import profiles, report
 from .common import least_seconds, progress, seconds
 from .peers import OURS, THEIRS, Loss, Peer, ours
 from .problems import Problem, banded, mechanisms, unconstrained_cutest
@@ -319,110 +319,6 @@ def _on_device(peers: Mapping[str, Peer], few: slice) -> dict[str, Any]:
     }
 
 
-def ratios(results: Mapping[str, Any], key: str) -> dict[str, list[float]]:
-    """For each solver: a number over that of the best solver, problem by problem."""
-    names = next(iter(results.values())).keys()
-    least = {
-        problem: min(
-            (of[problem][key] for of in results.values() if of[problem]["solved"]),
-            default=math.inf,
-        )
-        for problem in names
-    }
-    return {
-        solver: [
-            of[problem][key] / least[problem] if of[problem]["solved"] else math.inf
-            for problem in names
-        ]
-        for solver, of in results.items()
-    }
-
-
-COLUMNS = (
-    *("CUTEst solved", "lied", "evaluations"),
-    *("DP-MF solved", "evaluations", "cold", "warm"),
-    *("64 lanes [ms]", "derivative", "[ms]"),
-)
-
-
-def rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The cells of the table, the best of each column in bold."""
-    cutest, made = results["cutest"], results["mechanisms"]
-    columns: list[dict[str, Any]] = [
-        {k: sum(r["solved"] for r in of.values()) for k, of in cutest.items()},
-        {
-            k: sum(r.get("says", False) and not r["solved"] for r in of.values())
-            for k, of in cutest.items()
-        },
-        _medians(cutest, "evaluations"),
-        {k: sum(r["solved"] for r in of.values()) for k, of in made.items()},
-        *(_medians(made, key) for key in ("evaluations", "cold", "warm")),
-        {k: r.get("ms", r.get("raised")) for k, r in results["batch"].items()},
-        {k: r.get("error", r.get("raised")) for k, r in results["derivative"].items()},
-        {k: r.get("ms", math.nan) for k, r in results["derivative"].items()},
-    ]
-    formats = ("d", "d", ".1f", "d", ".1f", ".1f", ".1f", ".1f", ".0e", ".1f")
-    best = [
-        (max if i in (0, 3) else min)(
-            (v for k, v in column.items() if k in cutest and _is_number(v)),
-            default=None,
-        )
-        for i, column in enumerate(columns)
-    ]
-    for solver in cutest:
-        cells = [
-            _cell(column[solver], how, column[solver] == least)
-            for column, how, least in zip(columns, formats, best, strict=True)
-        ]
-        if results["derivative"][solver].get("mode") == "forward":
-            cells[-2] += " (forward)"
-        yield [f"`{solver}`" if solver in OURS else solver, *cells]
-
-
-def _medians(results: Mapping[str, Any], key: str) -> dict[str, float]:
-    return {k: statistics.median(v) for k, v in ratios(results, key).items()}
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, str) and math.isfinite(value)
-
-
-def _cell(value: Any, how: str, is_best: bool) -> str:
-    if isinstance(value, str):
-        return f"`{value}`"
-    if not math.isfinite(value):
-        return "-"
-    text = format(value, how)
-    return f"**{text}**" if is_best else text
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """The table, in Markdown."""
-    lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows(results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def details(results: Mapping[str, Any]) -> Iterator[str]:
-    """Milliseconds of each mechanism and solver, in plain text."""
-    made = results["mechanisms"]
-    names = list(next(iter(made.values())))
-    yield "warm milliseconds (first call in seconds; evaluations)"
-    for number, name in enumerate(names):
-        yield f"  [{number}] {name}"
-    yield f"{'':26}" + "".join(f"{f'[{i}]':>22}" for i in range(len(names)))
-    for solver, of in made.items():
-        cells = (
-            f"{1e3 * r['warm']:.1f} ({r['cold']:.1f}; {r['evaluations']})"
-            if r["solved"]
-            else f"gap {r['gap']:.0e}"
-            for r in (of[name] for name in names)
-        )
-        yield f"{solver:26}" + "".join(f"{cell:>22}" for cell in cells)
-    for name, r in results["batch"].items():
-        took = f"{r['ms']:9.1f}" if "ms" in r else r["raised"]
-        yield f"{LANES} lanes, {name:26} {took} ms"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
@@ -430,23 +326,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(arguments)
     if options.show:
-        print(table(json.loads(options.show.read_text())))
+        print(report.table(json.loads(options.show.read_text())))
         return
     results = measure(options.quick)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "comparison.json").write_text(json.dumps(results, indent=1))
+    text = json.dumps(results, separators=(",", ":"))
+    (options.out / "comparison.json").write_text(text)
     profiles.draw(
         {
-            "CUTEst: evaluations": ratios(results["cutest"], "evaluations"),
-            "DP-MF: time of a warm call": ratios(results["mechanisms"], "warm"),
+            "CUTEst: evaluations": report.ratios(results["cutest"], "evaluations"),
+            "DP-MF: time of a warm call": report.ratios(results["mechanisms"], "warm"),
         },
         options.out / "comparison.png",
     )
-    print(table(results), end="\n\n")
-    print(*details(results), sep="\n")
+    print(report.table(results), end="\n\n")
+    print(*report.details(results), sep="\n")
     if "gpu" in results:
         print(f"\non {results['gpu']['device']}")
-        print(*details(results["gpu"]), sep="\n")
+        print(*report.details(results["gpu"]), sep="\n")
 
 
 if __name__ == "__main__":

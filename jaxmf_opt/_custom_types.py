@@ -1,8 +1,15 @@
-"""Type variables that several modules share."""
+"""Types that several modules share."""
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import chex
+
+if TYPE_CHECKING:
+    # jaxtyping's says nothing to type checkers, which then call a whole function
+    # unknown: this one is for the signatures of the public interface.
+    PyTree: TypeAlias = Any
+else:
+    from jaxtyping import PyTree as PyTree
 
 # Upstream's name for parameters, exported for programs that use it. (The functions here
 # take more than chex's ArrayTree: pytrees with None in them, for example.)

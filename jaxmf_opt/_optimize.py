@@ -1,6 +1,7 @@
 """Upstream's function: parameters in, parameters out."""
 
 from collections.abc import Callable
+from typing import Any
 
 import lineax as lx
 import optax
@@ -24,7 +25,7 @@ def optimize(
     rtol: Tolerance = 0.0,
     atol: Tolerance = 0.0,
     gtol: Tolerance = 0.0,
-    linear_solver: lx.AbstractLinearSolver | None = None,
+    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
 ) -> Y:
     """Minimises a differentiable loss, by default with L-BFGS, in float64.
 

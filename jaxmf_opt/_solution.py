@@ -9,8 +9,6 @@ import optimistix as optx
 from jax.core import Tracer
 from optimistix import RESULTS
 
-from ._custom_types import Aux, Y
-
 # How a solve can end, and what to say of it where that is to be raised.
 FAILURES = {
     "nonlinear_max_steps_reached": (
@@ -26,7 +24,7 @@ FAILURES = {
 _NAMES = ("successful", *FAILURES)
 
 
-class Solution(optx.Solution[Y, Aux]):
+class Solution(optx.Solution[Any, Any]):
     """An `optimistix.Solution`, whose `repr` says how the run went.
 
     Attributes:
@@ -62,7 +60,7 @@ def statuses(result: Any) -> np.ndarray:
     return names
 
 
-def throw_failure(solution: Solution[Y, Aux]) -> Solution[Y, Aux]:
+def throw_failure(solution: Solution) -> Solution:
     """Returns a solution that raises if it is no success.
 
     Args:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from ._callback import CallbackFnType, no_callback, parts, traced
 from ._checks import (
@@ -23,6 +23,7 @@ from ._checks import (
     check_steps,
     check_tolerance,
 )
+from ._custom_types import PyTree
 from ._fork import check_process
 from ._implicit import solve_in_program
 from ._minimiser import Tolerance
@@ -48,7 +49,7 @@ def solve(
     rtol: Tolerance = 0.0,
     atol: Tolerance = 0.0,
     gtol: Tolerance = 0.0,
-    linear_solver: lx.AbstractLinearSolver | None = None,
+    linear_solver: lx.AbstractLinearSolver[Any] | None = None,
     state: SolverState | Sequence[Array | np.ndarray] | None = None,
     history: bool = False,
     throw: bool = False,

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
 from .._callback import CallbackFnType, combine, no_callback, traced
 from .._callback import parts as parts_of
@@ -25,6 +24,7 @@ from .._checks import (
     check_tolerance,
     check_untraced,
 )
+from .._custom_types import PyTree
 from .._fork import check_process
 from .._minimiser import Tolerance
 from .._optimizer import DEFAULT_OPTIMIZER

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from .._checks import check_path
+from .._custom_types import PyTree
 from .._keys import as_numpy
 from .._solution import Solution, statuses
 from ._lanes import as_pair, lanes_of
@@ -200,7 +200,7 @@ def _columns(name: str, leaf: Any) -> dict[str, np.ndarray]:
     }
 
 
-def lanes_of_solution(solution: Any) -> Solution[Any, Any]:
+def lanes_of_solution(solution: Any) -> Solution:
     """The solution, if it is one and has an axis over lanes."""
     if not isinstance(solution, Solution):
         raise TypeError(
