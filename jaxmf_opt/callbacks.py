@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ._callback import CallbackArgs, Lane, traced
 from ._files import read_npz, write_npz
@@ -41,7 +42,12 @@ def small_gradient(gtol: float | Float[Array, ""]) -> traced:
       >>> optimize(jnp.cosh, jnp.array(1.0), callback=small_gradient(1e-6)) < 1e-6
       Array(True, dtype=bool)
     """
-    return traced(lambda info: optx.max_norm(info.grad) <= gtol)
+
+    def small(info: CallbackArgs) -> Bool[Array, ""]:
+        norm = optx.max_norm(info.grad)
+        return norm <= jnp.asarray(gtol, norm.dtype)
+
+    return traced(small)
 
 
 class NoProgress:

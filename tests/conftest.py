@@ -22,6 +22,16 @@ def x64(request: pytest.FixtureRequest):
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def settings_of_users(request: pytest.FixtureRequest):
+    """Lets tests that are marked so mix types and ranks of arrays."""
+    if not request.node.get_closest_marker("mixes"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Forgets compiled programs before they are too many for the process.
@@ -46,6 +56,12 @@ def pytest_addoption(parser: pytest.Parser):
 # Most of the time goes into compiling programs that run once, so XLA is to hurry.
 _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
+# Types and ranks of arrays are not to be mixed without saying so.
+_STRICT = {
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+}
+
 # Many tests compile what others have compiled, in other processes too. JAX's cache of
 # compiled programs is theirs for one run of the suite.
 _CACHE = {
@@ -59,13 +75,18 @@ def pytest_configure(config: pytest.Config):
     config.addinivalue_line(
         "markers", "bits: needs optimized programs; test_optimized.py runs it in some"
     )
+    config.addinivalue_line(
+        "markers", "mixes: runs code that mixes types or ranks of arrays"
+    )
     if hasattr(config, "workerinput"):  # the environment of the first process is ours
         return
     if not config.option.optimized:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
-    os.environ.update(_CACHE)
+    os.environ.update(_CACHE | _STRICT)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp()
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -61,8 +61,8 @@ def minimum(c: Array) -> Array:
     centre = jnp.sin(c)
 
     def loss(x: Array) -> Array:
-        difference = x - centre
-        weights = jnp.arange(1, difference.size + 1).reshape(x.shape)
+        difference = x - centre.astype(x.dtype)
+        weights = jnp.arange(1.0, difference.size + 1).reshape(x.shape)
         return jnp.sum(weights * difference**2) + jnp.sum(difference**4)
 
     return optimize(loss, jnp.zeros(c.shape))
@@ -73,7 +73,11 @@ def scaled(c: Array, w: Array) -> Array:
 
 
 def weighed(fn: Function) -> Function:
-    return lambda *args: jnp.sum(fn(*args) * WEIGHTS)
+    def total(*args: Array) -> Array:
+        out = fn(*args)
+        return jnp.sum(out * WEIGHTS.astype(out.dtype))
+
+    return total
 
 
 def off(got: Any, want: Any) -> float:
@@ -140,7 +144,7 @@ def value_of_captured_block() -> float:
     """The starting point varies over the devices too, the loss captures both kinds."""
 
     def block(c: Array, w: Array) -> Array:
-        return optimize(lambda x: jnp.sum((x - w * c) ** 2), c)
+        return optimize(lambda x: jnp.sum((x - (w * c).astype(x.dtype)) ** 2), c)
 
     w = np.float32(2)
     return off(jax.jit(split(block, True, w))(ROWS, w), 2 * ROWS)
@@ -210,13 +214,13 @@ REGIONS: dict[str, Function] = {
         lambda s, x: (jnp.sin(s) + x, s), jnp.zeros(3), c @ m
     )[1],
     "fori_loop": lambda c, m: jax.lax.fori_loop(
-        0, 3, lambda i, x: jnp.sin(x) + i, c @ m
+        0, 3, lambda i, x: jnp.sin(x) + i.astype(x.dtype), c @ m
     ),
     "convolution": lambda c, m: jax.vmap(lambda r: jnp.convolve(r, m[0], mode="same"))(
         c
     ),
     "solve": lambda c, m: jnp.linalg.solve(m, c.T).T * c,
-    "cholesky": lambda c, m: c @ jnp.linalg.cholesky(m) + jnp.linalg.inv(m)[0],
+    "cholesky": lambda c, m: c @ jnp.linalg.cholesky(m) + jnp.linalg.inv(m)[:1],
     "scatter at argmax": lambda c, m: c.at[0, jnp.argmax(c[0])].multiply(3) @ m,
     "cond": lambda c, m: jax.lax.cond(c[0, 0] > 1, jnp.sin, jnp.cos, c @ m),
 }

@@ -104,7 +104,7 @@ BAD: dict[str, Bad] = {
     ),
     "loss bool": with_loss(lambda y: y[0] > 0, TypeError, "floating", "bool"),
     "loss complex": with_loss(
-        lambda y: jnp.sum(y) * 1j, TypeError, "real", "complex128"
+        lambda y: jnp.sum(y).astype(complex), TypeError, "real", "complex128"
     ),
     "loss returns None": with_loss(lambda y: None, TypeError, "scalar", "None"),
     "loss returns a string": with_loss(lambda y: "low", TypeError, "scalar", "'low'"),
@@ -142,7 +142,7 @@ BAD: dict[str, Bad] = {
         lambda y: y.astype(int), TypeError, "floating", "int64"
     ),
     "gradient complex": with_gradient(
-        lambda y: y * 1j, TypeError, "real", "complex128"
+        lambda y: y.astype(complex), TypeError, "real", "complex128"
     ),
     "gradient a string": with_gradient(lambda y: "up", TypeError, "'up'"),
     # `params`.

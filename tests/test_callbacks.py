@@ -33,6 +33,7 @@ ROWS = np.array([[0.25, 1.0], [2.0, 0.5], [-1.0, 3.0]], np.float32)
 
 
 def loss(y: jax.Array, c: jax.Array) -> jax.Array:
+    c = jnp.asarray(c, y.dtype)
     return jnp.sum(jnp.cosh(y - c)) + jnp.sum((y - c) ** 4)
 
 

@@ -29,7 +29,7 @@ def run(case: str) -> dict[str, Any]:
     weights = np.linspace(1.0, 2.0, 5)
 
     def one(c: Any, **options: Any) -> Any:
-        loss = lambda y: jnp.sum(weights * jnp.cosh(y - c))  # noqa: E731
+        loss = lambda y: jnp.sum(weights * jnp.cosh(y - jnp.asarray(c, y.dtype)))  # noqa: E731
         return solve(loss, np.zeros(5), max_optimizer_steps=20, **options).value
 
     jax.monitoring.register_event_listener(listen)

@@ -14,6 +14,8 @@ from jaxmf_opt import callbacks, losses, robust, sweeps
 from jaxmf_opt.losses import workloads
 from jaxmf_opt.sweeps import plots
 
+pytestmark = pytest.mark.mixes  # examples, with the settings of a user
+
 MODULES = [
     m.name
     for m in pkgutil.walk_packages(jaxmf_opt.__path__, "jaxmf_opt.")

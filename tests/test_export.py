@@ -26,8 +26,8 @@ def minimum(c: jax.Array) -> jax.Array:
     centre = jnp.sin(c)
 
     def loss(x: jax.Array) -> jax.Array:
-        weights = jnp.arange(1, x.size + 1)
-        return jnp.sum(weights * (x - centre) ** 2) + jnp.sum((x - centre) ** 4)
+        weights, away = jnp.arange(1.0, x.size + 1), x - centre.astype(x.dtype)
+        return jnp.sum(weights * away**2) + jnp.sum(away**4)
 
     return optimize(loss, jnp.zeros(c.shape))
 
@@ -216,7 +216,11 @@ def _forward(c: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _backward(c: jax.Array, ct: jax.Array) -> tuple[jax.Array]:
     # Solves in the backward pass too: the result is twice the cotangent.
-    return (optimize(lambda x: jnp.sum((x - 2 * ct) ** 2), jnp.zeros(ct.shape)),)
+    return (
+        optimize(
+            lambda x: jnp.sum((x - 2 * ct.astype(x.dtype)) ** 2), jnp.zeros(ct.shape)
+        ),
+    )
 
 
 doubled_gradient.defvjp(_forward, _backward)
@@ -226,7 +230,7 @@ def shrink(c: jax.Array) -> jax.Array:
     """Takes a number of steps that depends on the row."""
 
     def step(x: jax.Array) -> jax.Array:
-        return optimize(lambda y: jnp.sum((y - x / 2) ** 2), x)
+        return optimize(lambda y: jnp.sum((y - x.astype(y.dtype) / 2) ** 2), x)
 
     return lax.while_loop(lambda x: jnp.max(jnp.abs(x)) > 0.8, step, c)
 

@@ -75,8 +75,8 @@ class Case(NamedTuple):
 
     def minimum(self, c: jax.Array, start: Any = 0.0) -> jax.Array:
         def loss(y: jax.Array) -> jax.Array:
-            x = self.x(y, c)
-            return jnp.sum(jnp.cosh(x)) - c @ x
+            x = self.x(y, c.astype(y.dtype))
+            return jnp.sum(jnp.cosh(x)) - c.astype(y.dtype) @ x
 
         start = jnp.full(2, start, c.dtype)
         return optimize(loss, start, optimizer=self.optimizer, max_optimizer_steps=600)
@@ -90,7 +90,7 @@ class Quadratic(Case):
 
     def minimum(self, c: jax.Array, start: Any = 0.0) -> jax.Array:
         start = jnp.full(2, start, c.dtype)
-        return optimize(lambda y: y @ A @ y / 2 - c @ y, start)
+        return optimize(lambda y: y @ A @ y / 2 - c.astype(y.dtype) @ y, start)
 
     def closed_form(self, c: jax.Array) -> jax.Array:
         return jnp.linalg.inv(A) @ c
@@ -124,7 +124,9 @@ def circulant(c: jax.Array) -> jax.Array:
 
 
 def filtered(y: jax.Array, c: jax.Array) -> jax.Array:
-    spectrum = jnp.fft.fft(jnp.array([1.0, 0.25])) + c[0]
+    spectrum = jnp.fft.fft(
+        jnp.array([1.0, 0.25], y.dtype) + c[0] * jnp.array([1.0, 0.0], y.dtype)
+    )
     return jnp.fft.ifft(jnp.fft.fft(y) * spectrum).real
 
 
@@ -342,7 +344,7 @@ def invariant_minimum(
     """Of a loss without a scale. Its direction is `c**(1/4)`, normalised."""
 
     def loss(y: jax.Array) -> jax.Array:
-        return jnp.sum(c / y**2) * jnp.sum(y**2)
+        return jnp.sum(c.astype(y.dtype) / y**2) * jnp.sum(y**2)
 
     start = jnp.ones(c.shape, c.dtype)
     return optimize(loss, start, linear_solver=linear_solver)
@@ -425,7 +427,7 @@ class TestSingularHessian:
             def loss(y: jax.Array) -> tuple[jax.Array, jax.Array]:
                 def value(y: jax.Array) -> jax.Array:
                     y = jnp.where(mask, y, 0.0)
-                    return y @ A @ y / 2 - c @ y
+                    return y @ A @ y / 2 - c.astype(y.dtype) @ y
 
                 lowest, grad = jax.value_and_grad(value)(y)
                 return lowest, jnp.where(mask, grad, 0.0)
@@ -452,7 +454,9 @@ class TestProjectedGradient:
         self, c: jax.Array, projection: np.ndarray, solver: Any = None
     ) -> jax.Array:
         def loss(y: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return y @ A @ y / 2 - c @ y, jnp.asarray(projection) @ (A @ y - c)
+            return y @ A @ y / 2 - c.astype(y.dtype) @ y, jnp.asarray(projection) @ (
+                A @ y - c.astype(y.dtype)
+            )
 
         start = jnp.asarray(self.START, c.dtype)
         return optimize(loss, start, grad=True, optimizer=PLAIN, linear_solver=solver)
@@ -480,7 +484,7 @@ def root(c: jax.Array, linear_solver: lx.AbstractLinearSolver | None = None) -> 
     """Of a "gradient" that is the gradient of no function: its Jacobian is skewed."""
 
     def loss(y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.sum(y**2), jnp.asarray(SKEW) @ y - jnp.sin(c)
+        return jnp.sum(y**2), jnp.asarray(SKEW) @ y - jnp.sin(c.astype(y.dtype))
 
     start = jnp.zeros(2, c.dtype)
     return optimize(
@@ -536,7 +540,7 @@ class TestLinearSolver:
 
         def minimum(c: jax.Array) -> jax.Array:
             return optimize(
-                lambda y: jnp.sum(jnp.cosh(y)) - c @ A @ y,
+                lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ A @ y,
                 jnp.zeros(2, c.dtype),
                 optimizer=PLAIN,
                 linear_solver=chosen,
@@ -558,7 +562,10 @@ class TestLinearSolver:
 
         def minimum(c: jax.Array) -> jax.Array:
             def loss(y: jax.Array) -> jax.Array:
-                return jnp.sum(diagonal * y**2 + (u @ y) ** 2 / n) / 2 - c @ y
+                return (
+                    jnp.sum(diagonal * y**2 + (u @ y) ** 2 / n) / 2
+                    - c.astype(y.dtype) @ y
+                )
 
             return optimize(loss, jnp.zeros(n, c.dtype), optimizer=PLAIN)
 
@@ -579,7 +586,7 @@ class TestLinearSolver:
         "jacfwd": jax.jacfwd,
         "jacrev": jax.jacrev,
         "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f)),
-        "hessian of hessian": lambda f: jax.jit(jax.hessian(jax.hessian(f))),
+        "jacfwd of hessian": lambda f: jax.jit(jax.jacfwd(jax.hessian(f))),
         "vmap of hessian": lambda f: (
             lambda c: jax.vmap(jax.hessian(f))(jnp.stack([c, c * 2]))
         ),
@@ -612,7 +619,7 @@ class TestZeroDerivative:
             start: jax.Array, rtol: jax.Array, rate: jax.Array, c: jax.Array
         ) -> jax.Array:
             y = optimize(
-                lambda y: jnp.sum(jnp.cosh(y)) - c @ y,
+                lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ y,
                 start,
                 optimizer=optax.sgd(rate),
                 rtol=rtol,
@@ -638,9 +645,10 @@ def total_of(tree: dict[str, Any]) -> jax.Array:
 
     def loss(y: jax.Array) -> jax.Array:
         assert tree["nothing"] is None
+        n, c = (tree[name].astype(y.dtype) for name in ("n", "c"))
         noise = 0.0 * jax.random.normal(tree["key"], (2,))
         pull = jnp.where(tree["flag"], y**2, 0.0)
-        return jnp.sum(tree["n"] * (y - tree["c"]) ** 2 + pull + noise)
+        return jnp.sum(n * (y - c) ** 2 + pull + noise)
 
     start = jnp.zeros(2, tree["c"].dtype)
     return jnp.sum(optimize(loss, start, optimizer=optax.sgd(0.2)))
@@ -716,7 +724,7 @@ class TestOneSolve:
                 nonlocal traces
                 traces += 1
                 jax.debug.callback(count)
-                return jnp.sum(jnp.cosh(y)) - c @ y
+                return jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ y
 
             start = jnp.zeros(2, c.dtype)
             return optimize(loss, start, max_optimizer_steps=steps, optimizer=PLAIN)
@@ -768,7 +776,7 @@ class TestNothingLeaks:
 
         for loss in (refuses, fails):
             total = lambda c, loss=loss: jnp.sum(  # noqa: E731
-                optimize(lambda y: loss(y - c), jnp.zeros_like(c))
+                optimize(lambda y: loss(y - c.astype(y.dtype)), jnp.zeros_like(c))
             )
             with pytest.raises(ValueError, match="mine"):
                 wrap(jax.grad(total))(jnp.stack([point(x64)] * 2))
@@ -808,7 +816,7 @@ class TestNothingLeaks:
             return optimize(
                 lambda y: (
                     jnp.sum(jnp.cosh(y["half"]) + jnp.cosh(y["single"]))
-                    - c @ (y["half"] + y["single"])
+                    - c.astype(y["half"].dtype) @ (y["half"] + y["single"])
                 ),
                 start,
                 optimizer=PLAIN,
@@ -832,7 +840,7 @@ class TestStepLimit:
     def test_the_derivative_is_that_of_a_minimum_there(self, steps: int, x64: bool):
         def minimum(c: jax.Array) -> jax.Array:
             return optimize(
-                lambda y: jnp.sum(jnp.cosh(y)) - c @ y,
+                lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ y,
                 jnp.zeros(2, c.dtype),
                 max_optimizer_steps=steps,
                 optimizer=optax.sgd(0.25),
@@ -847,7 +855,7 @@ class TestStepLimit:
         """The Hessian of a quadratic loss is the same everywhere."""
         c = point(x64)
         minimum = lambda c: optimize(  # noqa: E731
-            lambda y: y @ A @ y / 2 - c @ y,
+            lambda y: y @ A @ y / 2 - c.astype(y.dtype) @ y,
             jnp.full(2, 9.0, c.dtype),
             max_optimizer_steps=1,
         )

@@ -19,6 +19,8 @@ from jax import lax
 
 from jaxmf_opt._x64 import x64_region
 
+pytestmark = pytest.mark.mixes  # operations that mix types
+
 Array = jax.Array
 Operation = Callable[[Array, Array], Any]
 

@@ -14,6 +14,8 @@ import pytest
 
 from jaxmf_opt import LeanOptaxMinimiser
 
+pytestmark = pytest.mark.mixes  # optax's code
+
 STEPS = 12
 
 

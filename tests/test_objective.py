@@ -20,7 +20,9 @@ def rule_closes_over(centre: jax.Array) -> Callable[[jax.Array], jax.Array]:
     def loss(y: jax.Array) -> jax.Array:
         return jnp.sum(y**2)
 
-    loss.defvjp(lambda y: (loss(y), y), lambda y, ct: (ct * 2 * (y - centre),))
+    loss.defvjp(
+        lambda y: (loss(y), y), lambda y, ct: (ct * 2 * (y - centre.astype(y.dtype)),)
+    )
     return loss
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER, robust, solve
 
+pytestmark = pytest.mark.mixes  # optax's code
+
 
 @pytest.fixture(autouse=True)
 def float64():

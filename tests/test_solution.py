@@ -21,10 +21,12 @@ ZOOM = optax.lbfgs(memory_size=3)
 
 def quartic(y: Any, c: Any) -> Any:
     """The same in NumPy and in JAX."""
+    c = c.astype(y.dtype)
     return ((y - c) ** 4 + (y - c) ** 2 + 0.5 * y).sum()
 
 
 def quartic_grad(y: Any, c: Any) -> Any:
+    c = c.astype(y.dtype)
     return 4 * (y - c) ** 3 + 2 * (y - c) + 0.5
 
 
@@ -306,7 +308,7 @@ class TestResult:
 
     def test_every_lane_has_its_own(self):
         def loss(y: Any, c: Any) -> Any:
-            return quartic(y, c) + jnp.log(c[0])
+            return quartic(y, c) + jnp.log(c[0]).astype(y.dtype)
 
         c = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [2.0, 1.0, 0.5]])
         options = {"rtol": 1e-9, "max_optimizer_steps": 30, "history": True}

@@ -28,7 +28,8 @@ OPTIMIZERS: dict[str, Any] = {
 
 def minimum(c: Any, steps: int, state: Any = None, **options: Any) -> optx.Solution:
     def loss(y: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.cosh(y - c)) + jnp.sum((y - c) ** 4)
+        away = y - jnp.asarray(c, y.dtype)
+        return jnp.sum(jnp.cosh(away)) + jnp.sum(away**4)
 
     start = np.zeros(2, np.float32)
     return solve(loss, start, max_optimizer_steps=steps, state=state, **options)

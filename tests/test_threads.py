@@ -20,6 +20,7 @@ def centre(thread: int, number: int) -> np.ndarray:
 
 
 def loss(y: jax.Array, c: Any) -> jax.Array:
+    c = jnp.asarray(c, y.dtype)
     return jnp.sum(jnp.cosh(y - c))
 
 

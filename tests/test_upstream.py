@@ -29,6 +29,8 @@ from jaxtyping import Array, PyTree
 
 import jaxmf_opt
 
+pytestmark = pytest.mark.mixes  # upstream's code
+
 UPSTREAM = optimization.optimize
 
 # A zoom line search stores value and gradient at the point that it accepts, and ours

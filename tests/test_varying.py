@@ -97,7 +97,9 @@ def test_a_loss_that_communicates_is_refused(check_vma: bool):
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def solve(c: jax.Array) -> jax.Array:
-        return optimize(lambda y: jax.lax.psum(jnp.sum((y - c) ** 2), "d"), c)
+        return optimize(
+            lambda y: jax.lax.psum(jnp.sum((y - c.astype(y.dtype)) ** 2), "d"), c
+        )
 
     sharded = jax.shard_map(
         solve, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=check_vma
@@ -106,7 +108,9 @@ def test_a_loss_that_communicates_is_refused(check_vma: bool):
         jax.jit(sharded)(jnp.ones(2))
     with pytest.raises(ValueError, match=r"`loss_fn` uses a mapped axis, 'lanes'"):
         jax.vmap(
-            lambda c: optimize(lambda y: (y - jax.lax.pmean(c * y, "lanes")) ** 2, c),
+            lambda c: optimize(
+                lambda y: (y - jax.lax.pmean(c.astype(y.dtype) * y, "lanes")) ** 2, c
+            ),
             axis_name="lanes",
         )(jnp.ones(2))
 

@@ -34,6 +34,7 @@ VERDICTS: dict[str, Verdict] = {
 
 
 def loss(y: jax.Array, c: jax.Array) -> jax.Array:
+    c = jnp.asarray(c, y.dtype)
     return jnp.sum(jnp.cosh(y - c)) + jnp.sum((y - c) ** 4)
 
 
@@ -207,7 +208,7 @@ class TestHost:
         @jax.jit
         def fn(c: jax.Array) -> jax.Array:
             return optimize(
-                lambda y: jnp.sum((y - c) ** 2) + 1 + 2.0**-40,
+                lambda y: jnp.sum((y - c.astype(y.dtype)) ** 2) + 1 + 2.0**-40,
                 c,
                 callback=callback,
                 max_optimizer_steps=1,

@@ -168,7 +168,7 @@ def test_region_equals_64_bit_jax(function: str, transformation: str):
 def test_region_computes_in_float64():
     # 1e-12 is lost next to 1 in float32.
     def f(x: jax.Array) -> jax.Array:
-        return ((x.astype(jnp.float64) + 1e-12) - x) * 1e12
+        return ((x.astype(jnp.float64) + 1e-12) - x.astype(jnp.float64)) * 1e12
 
     out = jax.vmap(jax.jit(lambda x: x64_region(f, x)))(jnp.ones(2))
     np.testing.assert_allclose(out, 1.0, rtol=1e-3)

@@ -12,6 +12,8 @@ from jax_privacy.matrix_factorization import toeplitz
 from jaxmf_opt import optimize
 from jaxmf_opt.losses import BandedToeplitz, workloads
 
+pytestmark = pytest.mark.mixes  # upstream's code
+
 
 @pytest.fixture(autouse=True, scope="module")
 def float64() -> Iterator[None]:

@@ -16,6 +16,8 @@ from jax_privacy.matrix_factorization import dense, optimization, sensitivity
 import jaxmf_opt
 from jaxmf_opt.losses import Dense, workloads
 
+pytestmark = pytest.mark.mixes  # upstream's code
+
 MAX_N = 12
 
 

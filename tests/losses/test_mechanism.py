@@ -34,6 +34,8 @@ from jaxmf_opt.losses import (
     workloads,
 )
 
+pytestmark = pytest.mark.mixes  # upstream's code
+
 FAMILIES = ("banded", "inverse", "buffered")
 by_family = pytest.mark.parametrize("family", FAMILIES)
 RATES = np.random.default_rng(0).uniform(0.2, 1, MAX_N)

@@ -60,7 +60,7 @@ class Bad(NamedTuple):
 def square(y: Any, h: Any) -> Any:
     global evaluations
     evaluations += 1
-    return jnp.sum((y - h) ** 2)
+    return jnp.sum((y - jnp.asarray(h, y.dtype)) ** 2)
 
 
 def with_loss(loss: Any, error: type[Exception], *words: str, **options: Any) -> Bad:
@@ -150,7 +150,11 @@ def inside(call: Callable[[], Any]) -> Bad:
 def total(c: Any, **options: Any) -> Any:
     """A number that depends on what a sweep closes over or is given."""
     kwargs = {"optimizer": SGD, "max_optimizer_steps": 1, **options}
-    return sweep(lambda y, h: square(y, c * h), Y, H, **kwargs).value.sum()
+
+    def loss(y: Any, h: Any) -> Any:
+        return square(y, jnp.asarray(c, y.dtype) * jnp.asarray(h, y.dtype))
+
+    return sweep(loss, Y, H, **kwargs).value.sum()
 
 
 def closing_over(name: str, call: Callable[[], Any]) -> Bad:
@@ -212,7 +216,7 @@ BAD: dict[str, Bad] = {
             ("bool", lambda y, h: y[0] > h, TypeError, ("floating", "bool")),
             (
                 "complex",
-                lambda y, h: jnp.sum(y) * 1j,
+                lambda y, h: jnp.sum(y).astype(complex),
                 TypeError,
                 ("real", "complex128"),
             ),
@@ -435,7 +439,7 @@ BAD: dict[str, Bad] = {
                 ("nan",),
             ),
             ("negative in all", "gtol", lambda h: -1.0, ValueError, ("-1.0",)),
-            ("complex", "gtol", lambda h: h * 1j, TypeError, ("real",)),
+            ("complex", "gtol", lambda h: h.astype(complex), TypeError, ("real",)),
             ("a vector", "rtol", lambda h: h * jnp.ones(2), TypeError, ("scalar",)),
         )
     },
@@ -581,9 +585,11 @@ BAD: dict[str, Bad] = {
     ),
     "vmap of a callback's closure": closing_over(
         "callback",
-        lambda: jax.vmap(lambda c: total(1.0, callback=traced(lambda i: i.loss < c)))(
-            H
-        ),
+        lambda: jax.vmap(
+            lambda c: total(
+                1.0, callback=traced(lambda i: i.loss < c.astype(i.loss.dtype))
+            )
+        )(H),
     ),
     # `checkpoint_dir`.
     "directory 3": in_directory(3, TypeError, "path", "3 of type int"),

@@ -24,8 +24,9 @@ OPTIONS = {"grad": True, "gtol": 1e-6, "max_optimizer_steps": 25}
 
 def loss(y: Any, h: Any) -> Any:
     """One that ends in a way of one's choice: in that of `NAMES[h["way"]]`."""
-    difference, way = y - h["c"], h["way"]
-    value, gradient = jnp.sum(difference**2) + h["c"], 2 * difference
+    c, way = jnp.asarray(h["c"], y.dtype), h["way"]
+    difference = y - c
+    value, gradient = jnp.sum(difference**2) + c, 2 * difference
     for i, (other, slope) in enumerate(
         [
             (jnp.sum(y), jnp.ones_like(y)),

@@ -83,12 +83,14 @@ class Problem(NamedTuple):
 
 
 def square(y: Any, h: Any) -> Any:
-    return jnp.sum((y - h) ** 2)
+    return jnp.sum((y - jnp.asarray(h, y.dtype)) ** 2)
 
 
 def wide(elements: int) -> Callable[..., Any]:
     """A loss with temporaries of many float64."""
-    return lambda y, h: jnp.sum(jnp.sin(y[0] * jnp.arange(elements) + h))
+    return lambda y, h: jnp.sum(
+        jnp.sin(y[0] * jnp.arange(1.0 * elements) + jnp.asarray(h, y.dtype))
+    )
 
 
 SMALL, MANY = Problem(square), 2**20

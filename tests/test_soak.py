@@ -1,0 +1,65 @@
+"""Many solves in one process: nothing that they need stays behind.
+
+`python -m benchmarks.soak` does it ten thousand times.
+"""
+
+import gc
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmf_opt import optimize
+from jaxmf_opt._objective import trace
+from jaxmf_opt._run import Recipe, compiled
+from jaxmf_opt._structure import CACHE_SIZE
+
+
+def solve_anew(i: int) -> Any:
+    """A solve of a fresh closure over other arrays."""
+    centre = np.linspace(0.0, 1.0, 3) + i
+    return optimize(
+        lambda y: jnp.sum((y - centre) ** 2),
+        jnp.zeros(3),
+        gtol=1e-6,
+        callback=(lambda info: info.step > 2) if i % 10 == 0 else lambda _: None,
+    )
+
+
+def live() -> tuple[int, int, int]:
+    gc.collect()
+    programs = jax.devices()[0].client.live_executables()
+    return compiled.cache_info().currsize, len(programs), len(gc.get_objects())
+
+
+def test_fresh_closures_leave_nothing_behind():
+    def many(count: int) -> None:
+        for i in range(count):
+            np.testing.assert_allclose(solve_anew(i), np.linspace(0, 1, 3) + i, 1e-5)
+
+    many(30)
+    recipes, programs, objects = live()
+    many(300)
+    more = live()
+    assert more[:2] == (recipes, programs)
+    assert more[2] - objects < 150  # one for every other solve would be a leak
+
+
+def test_programs_that_were_not_used_for_long_are_forgotten():
+    with jax.enable_x64():
+        struct = jax.ShapeDtypeStruct((), jnp.float64)
+        program = trace(lambda y: y**2, struct, grad=False).program
+    recipes = []
+    for i in range(CACHE_SIZE + 20):
+        options = {"tests": False, "history": i}
+        recipe = Recipe(program, optax.sgd(0.1), [], int, float, **options)
+        compiled(recipe)
+        recipes.append(weakref.ref(recipe))
+    del recipe
+    gc.collect()
+    assert compiled.cache_info().currsize == CACHE_SIZE
+    alive = [r() is not None for r in recipes]
+    assert alive == [False] * 20 + [True] * CACHE_SIZE
