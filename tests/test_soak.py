@@ -52,13 +52,14 @@ def test_programs_that_were_not_used_for_long_are_forgotten():
     with jax.enable_x64():
         struct = jax.ShapeDtypeStruct((), jnp.float64)
         program = trace(lambda y: y**2, struct, grad=False).program
-    recipes = []
-    for i in range(CACHE_SIZE + 20):
-        options = {"tests": False, "history": i}
+
+    def cached(i: int) -> weakref.ref[Recipe]:
+        options: dict[str, Any] = {"tests": False, "history": i}
         recipe = Recipe(program, optax.sgd(0.1), [], int, float, **options)
         compiled(recipe)
-        recipes.append(weakref.ref(recipe))
-    del recipe
+        return weakref.ref(recipe)
+
+    recipes = [cached(i) for i in range(CACHE_SIZE + 20)]
     gc.collect()
     assert compiled.cache_info().currsize == CACHE_SIZE
     alive = [r() is not None for r in recipes]
