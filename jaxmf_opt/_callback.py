@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 
@@ -192,8 +193,22 @@ class combine:  # noqa: N801, reads as a function
         """Calls all, and returns whether any result is true."""
         stop = False
         for callback in self.callbacks:
-            stop = bool(callback(info)) or stop
+            stop = asks_to_stop(callback(info)) or stop
         return stop
+
+
+def asks_to_stop(answer: Any) -> bool:
+    """Whether what a callback in Python has returned is truthy.
+
+    Raises:
+      ValueError: If it is an array of several elements, which is neither.
+    """
+    if isinstance(answer, (jax.Array, np.ndarray)) and answer.size != 1:
+        raise ValueError(
+            "`callback` must return None or something truthy or falsy, got an array of "
+            f"shape {answer.shape}. Reduce it, with `.all()` or `.any()` for example."
+        )
+    return bool(answer)
 
 
 def parts(callback: CallbackFnType) -> list[CallbackFnType]:

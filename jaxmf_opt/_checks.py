@@ -102,6 +102,13 @@ def check_untraced(what: str, *trees: Any) -> None:
         )
 
 
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is not a whole number above 0."""
+    kinds = (int, np.integer)
+    if isinstance(value, bool) or not isinstance(value, kinds) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number above 0, got {value!r}.")
+
+
 def check_path(name: str, value: Any) -> None:
     """Refuses what does not name a file or directory."""
     if not isinstance(value, (str, os.PathLike)):
@@ -119,16 +126,16 @@ def check_flag(name: str, value: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
     """Refuses what is not an optax transformation."""
     if isinstance(optimizer, optax.GradientTransformation):
         return
     parts: list[Callable[..., Any] | None] = [
-        getattr(optimizer, name, None) for name in ("init", "update")
+        getattr(optimizer, method, None) for method in ("init", "update")
     ]
     if not all(map(callable, parts)):
         raise TypeError(
-            "`optimizer` must be an optax gradient transformation such as "
+            f"`{name}` must be an optax gradient transformation such as "
             f"`optax.lbfgs()`, got {optimizer!r}."
         )
 

@@ -13,6 +13,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from optimistix import RESULTS
 
+from ._checks import check_callable, check_optimizer, check_tolerance
 from ._custom_types import Aux, Y
 from ._linesearch import count_trials, stored, without_trials
 from ._optimizer import as_optax_expects
@@ -80,7 +81,15 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             are off by default; if any is on, a gradient of exactly 0 stops too.
           norm: The norm of the criteria.
           verbose: As in `optimistix.OptaxMinimiser`.
+
+        Raises:
+          TypeError: If an argument is of the wrong kind.
+          ValueError: If a tolerance is negative or NaN.
         """
+        check_optimizer(optim, "optim")
+        for name, tolerance in (("rtol", rtol), ("atol", atol), ("gtol", gtol)):
+            check_tolerance(name, tolerance)
+        check_callable("norm", norm)
         # optimistix says float, and computes with arrays just as well.
         rtol, atol = cast(float, rtol), cast(float, atol)
         optim = optax.with_extra_args_support(optim)

@@ -16,7 +16,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
-from ._callback import CallbackArgs, CallbackFnType, Lane
+from ._callback import CallbackArgs, CallbackFnType, Lane, asks_to_stop
 from ._run import Recipe, Told, Tolerances, compiled
 from ._solution import Solution
 from ._state import Evaluated, Evaluations, History, SolverState
@@ -79,7 +79,7 @@ def solve_stepwise(
             rows.append(told.row)
         info = CallbackArgs(steps - 1, told.loss, told.grad, y, opt_state)
         info.told_by(lane, record.state_after, steps, at, y, opt_state, tally, told)
-        interrupted = bool(callback(info))
+        interrupted = asks_to_stop(callback(info))
     else:
         tally = tally.at[0].set(0)
         _, _, tally, told = step(y, opt_state, tally, before, captured, limits)

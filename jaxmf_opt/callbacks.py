@@ -20,6 +20,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 from ._callback import CallbackArgs, Lane, traced
+from ._checks import check_count, check_path, check_tolerance
 from ._files import read_npz, write_npz
 from ._keys import as_numpy
 
@@ -36,12 +37,17 @@ def small_gradient(gtol: float | Float[Array, ""]) -> traced:
     Returns:
       A traced callback.
 
+    Raises:
+      TypeError: If `gtol` is not a real scalar.
+      ValueError: If it is negative or NaN.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxmf_opt import optimize
       >>> optimize(jnp.cosh, jnp.array(1.0), callback=small_gradient(1e-6)) < 1e-6
       Array(True, dtype=bool)
     """
+    check_tolerance("gtol", gtol)
 
     def small(info: CallbackArgs) -> Bool[Array, ""]:
         norm = optx.max_norm(info.grad)
@@ -69,9 +75,8 @@ class NoProgress:
           rtol: What counts as one: a loss below the best one so far by more than
             `rtol * abs(best)`.
         """
-        _check_positive("steps", steps, whole=True)
-        if not 0 <= rtol < math.inf:
-            raise ValueError(f"`rtol` must be a number of at least 0, got {rtol!r}.")
+        check_count("steps", steps)
+        check_tolerance("rtol", rtol)
         self._steps, self._rtol = steps, rtol
         self._best: weakref.WeakKeyDictionary[Lane, tuple[float, int]]
         self._best = weakref.WeakKeyDictionary()
@@ -102,7 +107,9 @@ class TimeLimit:
         Args:
           seconds: The time. The first step is not counted, so neither is compilation.
         """
-        _check_positive("seconds", seconds)
+        kinds = (int, float, np.integer, np.floating)
+        if not (isinstance(seconds, kinds) and seconds > 0):
+            raise ValueError(f"`seconds` must be a number above 0, got {seconds!r}.")
         self._seconds = seconds
         self._started: weakref.WeakKeyDictionary[Lane, float]
         self._started = weakref.WeakKeyDictionary()
@@ -140,6 +147,8 @@ class Progress:
         Raises:
           ModuleNotFoundError: If tqdm is not installed.
         """
+        if total is not None:
+            check_count("total", total)
         try:
             from tqdm import tqdm
         except ModuleNotFoundError as e:
@@ -256,7 +265,8 @@ class Checkpoint:
           path: Where to keep the state. Missing directories are made.
           every: After how many steps to keep it again.
         """
-        _check_positive("every", every, whole=True)
+        check_path("path", path)
+        check_count("every", every)
         self.path, self._every = Path(path), every
         self._lanes: weakref.WeakKeyDictionary[Lane, bool]  # whether it is the latest
         self._lanes = weakref.WeakKeyDictionary()
@@ -300,10 +310,3 @@ def _max_norm(grad: Any) -> float:
     """In NumPy, as JAX may not be called from a compiled program."""
     arrays = map(np.asarray, jax.tree.leaves(grad))
     return float(np.max([np.abs(x).max(initial=0.0) for x in arrays], initial=0.0))
-
-
-def _check_positive(name: str, value: Any, *, whole: bool = False) -> None:
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-        kind = "a whole number" if whole else "a number"
-        raise ValueError(f"`{name}` must be {kind} above 0, got {value!r}.")

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ._checks import check_count
+
 T = TypeVar("T")
 
 
@@ -386,6 +388,9 @@ def robust_lbfgs(
       A transformation whose update needs `value`, `grad` and `value_fn`. Its state ends
       in the state of the line search, with value and gradient at the accepted point.
 
+    Raises:
+      ValueError: If a number is impossible.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxmf_opt import optimize
@@ -394,6 +399,10 @@ def robust_lbfgs(
       >>> optimize(valley, start, optimizer=robust_lbfgs(memory_size=5), gtol=1e-8)
       Array([1., 1.], dtype=float32)
     """
+    check_count("memory_size", memory_size)
+    check_count("max_linesearch_steps", max_linesearch_steps)
+    if not (isinstance(curv_rtol, (int, float)) and 0 < curv_rtol < 1):
+        raise ValueError(f"`curv_rtol` must be between 0 and 1, got {curv_rtol!r}.")
     lbfgs = skip_bad_pairs(optax.scale_by_lbfgs(memory_size))
     directions = short_first_step(restart_when_stuck(rescale_variables(lbfgs)))
 

@@ -28,8 +28,11 @@ def settings_of_users(request: pytest.FixtureRequest):
     if not request.node.get_closest_marker("mixes"):
         yield
         return
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+    # For all threads: upstream has some.
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    _be_strict()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,6 +65,12 @@ _STRICT = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
 }
 
+
+def _be_strict() -> None:
+    for name, value in _STRICT.items():
+        jax.config.update(name.lower(), value)
+
+
 # Many tests compile what others have compiled, in other processes too. JAX's cache of
 # compiled programs is theirs for one run of the suite.
 _CACHE = {
@@ -73,7 +82,10 @@ _CACHE = {
 
 def pytest_configure(config: pytest.Config):
     config.addinivalue_line(
-        "markers", "bits: needs optimized programs; test_optimized.py runs it in some"
+        "markers", "bits: needs optimized programs; test_upstream.py runs it in some"
+    )
+    config.addinivalue_line(
+        "markers", "slow: takes long, mostly in processes of its own"
     )
     config.addinivalue_line(
         "markers", "mixes: runs code that mixes types or ranks of arrays"
@@ -85,15 +97,14 @@ def pytest_configure(config: pytest.Config):
     os.environ.update(_CACHE | _STRICT)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp()
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.config.update("jax_numpy_rank_promotion", "raise")
+    _be_strict()
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
-    """Leaves tests of bits to `test_optimized.py`, if programs are not optimized."""
+    """Leaves tests of bits to `test_bits`, if programs are not optimized."""
     if config.option.optimized:
         return
     of_bits = [item for item in items if item.get_closest_marker("bits")]

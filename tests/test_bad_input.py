@@ -8,7 +8,7 @@ checks: this file, run as a script.
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -21,9 +21,16 @@ from compiling import compilations
 from processes import report_of
 
 import jaxmf_opt
-from jaxmf_opt import callbacks, combine, traced
+from jaxmf_opt import (
+    LeanOptaxMinimiser,
+    callbacks,
+    combine,
+    jax_enable_x64,
+    traced,
+)
 from jaxmf_opt._run import compiled
 from jaxmf_opt._start import start
+from jaxmf_opt.robust import robust_lbfgs
 
 # Most calls below are wrong, as a type checker would say.
 optimize: Any = jaxmf_opt.optimize
@@ -38,6 +45,7 @@ class Bad(NamedTuple):
     call: Callable[[], Any]
     error: type[Exception]
     words: tuple[str, ...]
+    late: bool = False  # seen when a step has been made
 
 
 def square(y: Any) -> Any:
@@ -186,6 +194,87 @@ BAD: dict[str, Bad] = {
     ),
     "callback of two": with_option(
         "callback", lambda step, loss: None, TypeError, "(step, loss)"
+    ),
+    **{
+        f"callback that returns {name}": with_option(
+            "callback", lambda _, stop=stop: stop(), ValueError, "shape (2,)", ".any()"
+        )._replace(late=True)
+        for name, stop in {
+            "an array of NumPy": lambda: np.array([True, False]),
+            "an array of JAX": lambda: jnp.array([True, False]),
+        }.items()
+    },
+    "traced callback that returns an array": with_option(
+        "callback", traced(lambda i: i.grad > 0), ValueError, "scalar", "(2,)"
+    ),
+    "traced callback that returns a number": with_option(
+        "callback", traced(lambda i: i.loss), TypeError, "boolean", "float64"
+    ),
+    "combine of one that returns an array": with_option(
+        "callback", combine(cast(Any, lambda _: np.ones(2))), ValueError, "shape (2,)"
+    )._replace(late=True),
+    "x64 of a number": with_argument(
+        jax_enable_x64, 3, error=TypeError, words=("`fn`", "3")
+    ),
+    "history 1": Bad(lambda: solve(square, Y, history=1), TypeError, ("`history`",)),
+    "throw yes": Bad(lambda: solve(square, Y, throw="y"), TypeError, ("`throw`",)),
+    "state a number": Bad(lambda: solve(square, Y, state=3), ValueError, ("`state`",)),
+    "an unknown option": Bad(
+        lambda: optimize(square, Y, steps=1), TypeError, ("'steps'",)
+    ),
+    # The solver by itself, its optimizers and callbacks.
+    **{
+        f"minimiser, {name} {value!r}": with_argument(
+            LeanOptaxMinimiser,
+            **{"optim": SGD, name: value},
+            error=error,
+            words=(f"`{name}`", str(value)),
+        )
+        for name, value, error in (
+            ("optim", None, TypeError),
+            ("optim", 0.1, TypeError),
+            ("rtol", -1.0, ValueError),
+            ("atol", "x", TypeError),
+            ("gtol", float("nan"), ValueError),
+            ("norm", 2, TypeError),
+        )
+    },
+    **{
+        f"robust_lbfgs({name}={value!r})": with_argument(
+            robust_lbfgs, **{name: value}, error=ValueError, words=(f"`{name}`",)
+        )
+        for name, value in (
+            ("memory_size", 0),
+            ("memory_size", 2.5),
+            ("max_linesearch_steps", -1),
+            ("max_linesearch_steps", True),
+            ("curv_rtol", float("nan")),
+            ("curv_rtol", 1.0),
+            ("curv_rtol", "x"),
+        )
+    },
+    **{
+        f"small_gradient({value!r})": with_argument(
+            callbacks.small_gradient, value, error=error, words=("`gtol`",)
+        )
+        for value, error in (
+            ("x", TypeError),
+            (-1.0, ValueError),
+            (float("nan"), ValueError),
+            (np.ones(2), TypeError),
+        )
+    },
+    "NoProgress(3, 'x')": with_argument(
+        callbacks.NoProgress, 3, "x", error=TypeError, words=("`rtol`", "'x'")
+    ),
+    "Progress(total=0)": with_argument(
+        callbacks.Progress, 0, error=ValueError, words=("`total`", "0")
+    ),
+    "Progress(total='x')": with_argument(
+        callbacks.Progress, "x", error=ValueError, words=("`total`", "'x'")
+    ),
+    "Checkpoint(3)": with_argument(
+        callbacks.Checkpoint, 3, error=TypeError, words=("`path`", "3 of type int")
     ),
     "traced number": with_argument(
         traced, 3, error=TypeError, words=("`fn`", "callable", "3")
@@ -348,8 +437,9 @@ def report() -> dict[str, Any]:
 
     jax.random.key(0)  # is compiled too: not to be counted below
     with compilations() as events:
-        refusals = {name: refusal(bad.call) for name, bad in BAD.items()}
+        refusals = {n: refusal(bad.call) for n, bad in BAD.items() if not bad.late}
         compiled_for_bad = (compiled.cache_info().misses, len(events))
+        refusals |= {n: refusal(bad.call) for n, bad in BAD.items() if bad.late}
         results = {}
         for name, good in GOOD.items():
             leaves = jax.tree.leaves(good.call())

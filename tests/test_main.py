@@ -27,7 +27,7 @@ from jaxmf_opt import _plot
 from jaxmf_opt.__main__ import Line, arrays, main, table
 from jaxmf_opt._job import Outcome, SetUp
 
-pytestmark = pytest.mark.mixes  # upstream's code
+pytestmark = [pytest.mark.mixes, pytest.mark.slow]  # upstream's code; whole jobs
 
 # In three epochs of 7 steps, one in two steps, columns of 3 bands have rows in common.
 STEPS, EPOCHS, MOMENTA, BANDS = (9, 7), (1, 3), (0.0, 0.9), (1, 3)
@@ -858,7 +858,12 @@ class TestAsAProcess:
 
 
 # JAX need not look for accelerators, nor talk about it.
-_ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+_ENVIRONMENT = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
+}
 
 
 def _process(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -24,6 +24,7 @@ def test_the_table_is_that_of_the_comparison():
     assert report.table(results) in README
 
 
+@pytest.mark.slow
 def test_every_python_block_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,7 +8,11 @@ bit. Only a zoom line search gets a tolerance: see `ZOOM_RTOL`.
 import dataclasses
 import functools
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -677,3 +681,25 @@ def test_takes_all_its_steps_and_counts_them_from_zero():
 def test_a_loss_may_bring_its_gradient():
     found = jaxmf_opt.optimize(lambda x: (x**2, 2 * x), jnp.asarray(10.0), grad=True)
     np.testing.assert_array_equal(found, 0.0)
+
+
+@pytest.mark.slow
+def test_bits():
+    """Those tests here that are about bits, in programs as users have them.
+
+    The suite has XLA compile quickly, and two programs that do the same then round
+    differently more often. Where bits are compared, XLA is to optimize.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = [flag for flag in flags if "optimization" not in flag and "fus" not in flag]
+    options = ("-q", "-n0", "--optimized", "-m", "bits")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": " ".join(kept)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "passed" in done.stdout

@@ -240,7 +240,7 @@ class TestHost:
 
         def one(scale: jax.Array) -> Any:
             solution = solve(
-                lambda y: scale * jnp.sum(y**4),
+                lambda y: scale.astype(y.dtype) * jnp.sum(y**4),
                 jnp.full(2, 2.0),
                 callback=calls,
                 max_optimizer_steps=9,
@@ -371,7 +371,9 @@ class TestExceptions:
 
     def test_what_has_no_truth(self):
         array = np.zeros(2)
-        with pytest.raises(ValueError, match="ambiguous"):
+        with pytest.raises(
+            ValueError, match=r"`callback` must return None or .* shape \(2,\)"
+        ):
             jax.vmap(lambda c: minimum(c, lambda _: array))(jnp.asarray(ROWS))
 
 
@@ -437,7 +439,7 @@ class TestTraced:
             return solve(
                 lambda y: loss(y, c),
                 jnp.zeros(3),
-                callback=traced(lambda info: info.loss < limit),
+                callback=traced(lambda info: info.loss < limit.astype(info.loss.dtype)),
                 max_optimizer_steps=STEPS,
             ).stats["num_steps"]
 
@@ -454,7 +456,7 @@ class TestTraced:
             solution = solve(
                 lambda y: loss(y, ROWS[2]),
                 np.zeros(3),
-                callback=traced(lambda info: info.loss < limit),
+                callback=traced(lambda info: info.loss < limit.astype(info.loss.dtype)),
                 max_optimizer_steps=STEPS,
             )
             return int(solution.stats["num_steps"])
@@ -539,7 +541,10 @@ class TestCombine:
             return solve(
                 lambda y: loss(y, ROWS[2]),
                 np.zeros(3),
-                callback=combine(traced(lambda info: info.loss < limit), calls),
+                callback=combine(
+                    traced(lambda info: info.loss < limit.astype(info.loss.dtype)),
+                    calls,
+                ),
                 max_optimizer_steps=STEPS,
             ).stats["num_steps"]
 

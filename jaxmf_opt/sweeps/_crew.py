@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, PyTree
 
-from .._callback import CallbackFnType, Lane
+from .._callback import CallbackFnType, Lane, asks_to_stop
 from .._keys import as_key, as_numpy, on_host
 from .._solution import Solution
 from .._state import SolverState
@@ -203,6 +203,6 @@ class Crew:
             info = info_after(of_lane, int(of_lane.minimiser.step) - 1)
             key = self._lane_objects.setdefault(lane, Lane((int(self.numbers[lane]),)))
             told = info.told_by(key, lambda of_lane=of_lane: of_lane)
-            interrupted[row] |= bool(self._callback(told))
+            interrupted[row] |= asks_to_stop(self._callback(told))
         flags = lambda s: s.minimiser.interrupted  # noqa: E731
         return eqx.tree_at(flags, state, interrupted)

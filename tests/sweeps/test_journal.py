@@ -815,6 +815,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals are sent")
 
 
 @posix
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "seed", "kills"),
     [("plain", 0, 3), ("without states", 1, 1), ("random keys", 2, 2)],
