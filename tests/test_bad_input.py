@@ -205,7 +205,7 @@ BAD: dict[str, Bad] = {
         }.items()
     },
     "traced callback that returns an array": with_option(
-        "callback", traced(lambda i: i.grad > 0), ValueError, "scalar", "(2,)"
+        "callback", traced(lambda i: i.grad < i.params), ValueError, "scalar", "(2,)"
     ),
     "traced callback that returns a number": with_option(
         "callback", traced(lambda i: i.loss), TypeError, "boolean", "float64"
