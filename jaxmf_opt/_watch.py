@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from ._callback import CallbackArgs, CallbackFnType, Lane, combine, parts, traced
 from ._custom_types import Aux, Y
-from ._host_call import Listener, call, close_run, open_run
+from ._host_call import call, close_run, open_run
+from ._host_runs import Listener
 from ._minimiser import LeanOptaxMinimiser, Tolerance
 from ._state import MinimiserState, SolverState
 from ._structure import Structure

@@ -85,7 +85,7 @@ def pytest_configure(config: pytest.Config):
         "markers", "bits: needs optimized programs; test_upstream.py runs it in some"
     )
     config.addinivalue_line(
-        "markers", "slow: takes long, mostly in processes of its own"
+        "markers", "slow: takes long, and hardly depends on releases"
     )
     config.addinivalue_line(
         "markers", "mixes: runs code that mixes types or ranks of arrays"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from processes import report_of
 
-from jaxmf_opt import _host_call
-from jaxmf_opt._host_call import _Team
+from jaxmf_opt import _host_call, _host_runs
+from jaxmf_opt._host_runs import Team
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ class TestCall:
             self.limit = limit
             self.heard: list[Any] = []
 
-        def listen(self) -> _host_call.Listener:
+        def listen(self) -> _host_runs.Listener:
             def listener(index: tuple[int, ...], operands: Any) -> bool:
                 self.heard.append((index, *map(float, operands)))
                 return bool(operands[0] > self.limit)
@@ -122,7 +122,7 @@ class TestTeam:
             assert not thread.is_alive()
 
     def test_each_waits_for_all(self):
-        team, closed = _Team(2), []
+        team, closed = Team(2), []
 
         def quick():
             assert team.join()
@@ -141,7 +141,7 @@ class TestTeam:
         assert not team.join()
 
     def test_a_failure_frees_those_that_wait(self):
-        team, error = _Team(2), ValueError("mine")
+        team, error = Team(2), ValueError("mine")
 
         def fails():
             team.join()
@@ -153,7 +153,7 @@ class TestTeam:
         assert not team.join()
 
     def test_a_failure_waits_for_those_that_come_late(self):
-        team, error, seen = _Team(2), ValueError("mine"), []
+        team, error, seen = Team(2), ValueError("mine"), []
 
         def fails():
             team.join()
@@ -174,8 +174,8 @@ class TestTeam:
     def test_one_that_never_comes_is_not_waited_for(
         self, failure: Exception | None, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(_Team, "PATIENCE_BEFORE_OPEN", 0.05)
-        team = _Team(2)
+        monkeypatch.setattr(Team, "PATIENCE_BEFORE_OPEN", 0.05)
+        team = Team(2)
 
         def alone():
             team.join()

@@ -12,6 +12,8 @@ import pytest
 
 from jaxmf_opt import CallbackArgs, optimize, solve, sweep, traced
 
+pytestmark = pytest.mark.slow
+
 THREADS, EACH = 8, 2
 
 

@@ -524,6 +524,7 @@ STRATEGIES = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategies_are_those_of_upstream(name: str, monkeypatch: pytest.MonkeyPatch):
     strategy = STRATEGIES[name]
@@ -636,6 +637,7 @@ few = functools.partial(
 )
 
 
+@pytest.mark.bits
 @few(max_examples=8)
 @hypothesis.given(tree=TREES, seed=st.integers(0, 2**32 - 1))
 @hypothesis.example(tree={"leaf": Leaf((), "float64")}, seed=0)

@@ -7,6 +7,8 @@ Toeplitz matrix, given by its first column, `workload_coef`: `prefix_sum`, `mome
 schedules `linear_cooldown` and `exponential_decay`. `matrix` has both in it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -146,9 +148,8 @@ def linear_cooldown(
       >>> linear_cooldown(4, fraction=0.5, final=0.5)
       Array([1. , 1. , 1. , 0.5], dtype=float32)
     """
-    requirements = Requirements()
-    n, _ = check_n(requirements, n, check_static_count("max_n", max_n))
-    share, last = check_number("fraction", fraction), _check_final(requirements, final)
+    requirements, n, last = _check_schedule(max_n, n, final)
+    share = check_number("fraction", fraction)
     requirements.add(
         (share >= 0) & (share <= 1),
         f"`fraction` must be at least 0 and at most 1, got {fraction}.",
@@ -162,7 +163,7 @@ def linear_cooldown(
 
 
 def exponential_decay(
-    max_n: int, n: Count | None = None, *, final: Number = 0.05
+    max_n: Static, n: Count | None = None, *, final: Number = 0.05
 ) -> Float[Array, " max_n"]:
     """A learning rate that goes down exponentially, from 1 to `final`.
 
@@ -185,9 +186,7 @@ def exponential_decay(
       >>> exponential_decay(3, final=0.25)
       Array([1.  , 0.5 , 0.25], dtype=float32)
     """
-    requirements = Requirements()
-    n, _ = check_n(requirements, n, check_static_count("max_n", max_n))
-    last = _check_final(requirements, final)
+    requirements, n, last = _check_schedule(max_n, n, final)
     requirements.add(last > 0, f"`final` must be more than 0, got {final}.")
     most = jnp.maximum(jnp.asarray(n, last.dtype) - 1, 1)
     part = jnp.arange(max_n, dtype=last.dtype) / most
@@ -243,7 +242,12 @@ def matrix(
     return requirements.or_nan(jax.lax.scan(row, start, updates)[1])
 
 
-def _check_final(requirements: Requirements, final: Number) -> Array:
+def _check_schedule(
+    max_n: Static, n: Count | None, final: Number
+) -> tuple[Requirements, Any, Array]:
+    """What learning rates have in common: their length, and the last of them."""
+    requirements = Requirements()
+    n, _ = check_n(requirements, n, check_static_count("max_n", max_n))
     last = check_number("final", final)
     requirements.add(jnp.isfinite(last), f"`final` must be finite, got {final}.")
-    return last
+    return requirements, n, last

@@ -34,6 +34,8 @@ from jaxmf_opt.sweeps import SweepInterrupted, _batch, _journal, _sweep
 from jaxmf_opt.sweeps._journal import Journal
 from jaxmf_opt.sweeps._meter import Meter
 
+pytestmark = pytest.mark.slow
+
 
 def numbered(directory: Path) -> list[Path]:
     return sorted(directory.glob("[0-9]*.npz"))
@@ -815,7 +817,6 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals are sent")
 
 
 @posix
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "seed", "kills"),
     [("plain", 0, 3), ("without states", 1, 1), ("random keys", 2, 2)],
