@@ -102,11 +102,12 @@ def check_untraced(what: str, *trees: Any) -> None:
         )
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuses what is not a whole number above 0."""
-    kinds = (int, np.integer)
-    if isinstance(value, bool) or not isinstance(value, kinds) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number above 0, got {value!r}.")
+def check_positive(name: str, value: Any, *, whole: bool = False) -> None:
+    """Refuses what is not a number, or a whole number, above 0."""
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} above 0, got {value!r}.")
 
 
 def check_path(name: str, value: Any) -> None:

@@ -20,7 +20,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 from ._callback import CallbackArgs, Lane, traced
-from ._checks import check_count, check_path, check_tolerance
+from ._checks import check_path, check_positive, check_tolerance
 from ._files import read_npz, write_npz
 from ._keys import as_numpy
 
@@ -75,8 +75,10 @@ class NoProgress:
           rtol: What counts as one: a loss below the best one so far by more than
             `rtol * abs(best)`.
         """
-        check_count("steps", steps)
+        check_positive("steps", steps, whole=True)
         check_tolerance("rtol", rtol)
+        if rtol == math.inf:
+            raise ValueError(f"`rtol` must be finite, got {rtol}.")
         self._steps, self._rtol = steps, rtol
         self._best: weakref.WeakKeyDictionary[Lane, tuple[float, int]]
         self._best = weakref.WeakKeyDictionary()
@@ -107,9 +109,7 @@ class TimeLimit:
         Args:
           seconds: The time. The first step is not counted, so neither is compilation.
         """
-        kinds = (int, float, np.integer, np.floating)
-        if not (isinstance(seconds, kinds) and seconds > 0):
-            raise ValueError(f"`seconds` must be a number above 0, got {seconds!r}.")
+        check_positive("seconds", seconds)
         self._seconds = seconds
         self._started: weakref.WeakKeyDictionary[Lane, float]
         self._started = weakref.WeakKeyDictionary()
@@ -148,7 +148,7 @@ class Progress:
           ModuleNotFoundError: If tqdm is not installed.
         """
         if total is not None:
-            check_count("total", total)
+            check_positive("total", total, whole=True)
         try:
             from tqdm import tqdm
         except ModuleNotFoundError as e:
@@ -266,7 +266,7 @@ class Checkpoint:
           every: After how many steps to keep it again.
         """
         check_path("path", path)
-        check_count("every", every)
+        check_positive("every", every, whole=True)
         self.path, self._every = Path(path), every
         self._lanes: weakref.WeakKeyDictionary[Lane, bool]  # whether it is the latest
         self._lanes = weakref.WeakKeyDictionary()

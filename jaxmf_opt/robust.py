@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._checks import check_count
+from ._checks import check_positive
 
 T = TypeVar("T")
 
@@ -399,8 +399,8 @@ def robust_lbfgs(
       >>> optimize(valley, start, optimizer=robust_lbfgs(memory_size=5), gtol=1e-8)
       Array([1., 1.], dtype=float32)
     """
-    check_count("memory_size", memory_size)
-    check_count("max_linesearch_steps", max_linesearch_steps)
+    check_positive("memory_size", memory_size, whole=True)
+    check_positive("max_linesearch_steps", max_linesearch_steps, whole=True)
     if not (isinstance(curv_rtol, (int, float)) and 0 < curv_rtol < 1):
         raise ValueError(f"`curv_rtol` must be between 0 and 1, got {curv_rtol!r}.")
     lbfgs = skip_bad_pairs(optax.scale_by_lbfgs(memory_size))
