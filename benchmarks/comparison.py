@@ -205,12 +205,12 @@ def run_batch(peers: Mapping[str, Peer], lanes: int) -> dict[str, Any]:
         # Traced, a solver in Python does not see its tolerance: one is enough.
         blind = peer.traceable and not peer.compiled
         for tol in TOLERANCES[-1:] if blind else TOLERANCES:
-            points = attempt(functools.partial(call, momenta, tol))
+            batch = functools.partial(call, momenta, tol)
+            points = attempt(batch)
             if isinstance(points, str):
                 tried[name] = points
                 break
-            again = functools.partial(call, momenta, tol)
-            took = least_seconds(again, 3) if peer.compiled else seconds(again)
+            took = least_seconds(batch, 3) if peer.compiled else seconds(batch)
             reached = np.asarray(losses(points, momenta))
             tried[name].append((took, tol, reached))
     reached = [r[2] for rows in tried.values() if isinstance(rows, list) for r in rows]

@@ -92,8 +92,9 @@ def pytest_configure(config: pytest.Config):
     )
     if hasattr(config, "workerinput"):  # the environment of the first process is ours
         return
-    if not config.option.optimized:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+    flags = os.environ.get("XLA_FLAGS", "").replace(_QUICK, "")  # ours, if inherited
+    quick = "" if config.option.optimized else _QUICK
+    os.environ["XLA_FLAGS"] = f"{flags} {quick}".strip()
     os.environ.update(_CACHE | _STRICT)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp()
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))

@@ -34,14 +34,14 @@ HANDED_OUT = {
 
 
 def public(module: ModuleType) -> dict[str, object]:
-    """The functions and classes of the project that a module offers."""
+    """The functions and classes that a package exports, or a module defines."""
+    whose = "jaxmf_opt" if hasattr(module, "__path__") else module.__name__
     return {
         f"{module.__name__}.{name}": x
         for name, x in vars(module).items()
         if not name.startswith("_")
         and (inspect.isclass(x) or inspect.isfunction(x))
-        and x.__module__.startswith("jaxmf_opt")
-        and (module.__name__ != "jaxmf_opt.callbacks" or x.__module__.endswith("backs"))
+        and x.__module__.startswith(whose)
     }
 
 
@@ -49,7 +49,6 @@ PUBLIC = {
     name: x
     for module in (jaxmf_opt, callbacks, losses, robust, sweeps, workloads, plots)
     for name, x in public(module).items()
-    if x.__module__ == module.__name__ or hasattr(module, "__path__")
 }
 
 

@@ -8,11 +8,12 @@ from processes import report_of
 
 from jaxmf_opt import _fork
 
-# A pool that forks before JAX is used, one after that, and one that spawns: what
-# `solve` and `sweep` say in each.
+# A pool that forks before JAX is used, and one that does after that: what `solve` and
+# `sweep` say in each.
 PROGRAM = """
-import json, multiprocessing, sys, warnings
+import json, multiprocessing, warnings
 import jax.numpy as jnp
+import numpy as np
 from jaxmf_opt import solve, sweep
 
 def solved(c):
@@ -29,15 +30,15 @@ def said(fn, *args):
 
 def in_pool(kind):
     with multiprocessing.get_context(kind).Pool(1) as pool:
-        calls = [(solved, 2.0), (swept, jnp_free)]
+        calls = [(solved, 2.0), (swept, np.array([1.0, 3.0]))]
         return [pool.apply_async(said, call).get(60) for call in calls]
 
 if __name__ == "__main__":
-    import numpy as np
-    jnp_free = np.array([1.0, 3.0])
     # JAX warns of every fork.
     warnings.simplefilter("ignore", RuntimeWarning)
-    print(json.dumps([in_pool("fork"), jnp.ones(2).sum() and in_pool("fork")]))
+    before = in_pool("fork")
+    jnp.ones(2).block_until_ready()
+    print(json.dumps([before, in_pool("fork")]))
 """
 
 

@@ -5,7 +5,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import jax
 import pytest
 
 from benchmarks import report
@@ -24,16 +23,15 @@ def test_the_table_is_that_of_the_comparison():
     assert report.table(results) in README
 
 
+@pytest.mark.mixes  # as a user might, with the settings of a user
 @pytest.mark.slow
 def test_every_python_block_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)  # for the files that it writes
     scope: dict[str, object] = {}
-    # With the settings of a user; the suite has stricter ones.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks("python"):  # each goes on from those before it
-            exec(block, scope)
+    for block in blocks("python"):  # each goes on from those before it
+        exec(block, scope)
     printed = capsys.readouterr().out.splitlines()
     shown = re.findall(r"print\(.*\)  # (.*)", README)
     assert shown

@@ -3,7 +3,7 @@
 optax and optimistix mix them, and must not be asked not to; the user's loss must.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,11 +30,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def strict(x64: bool) -> Iterator[None]:
-    del x64
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        yield
+# The settings are those of the whole suite.
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def run(center: Any, **options: Any) -> Any:

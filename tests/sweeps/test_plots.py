@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from calling import said
 from optimistix import RESULTS
 from processes import report_of
 
@@ -841,15 +842,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], list[str]]]:
 
 def report() -> dict[str, str]:
     """Makes these calls and writes down what came of them."""
-
-    def outcome(call: Callable[[], Any]) -> str:
-        try:
-            call()
-        except Exception as e:
-            return f"{type(e).__name__}: {e}"
-        return "no error"
-
-    return {name: outcome(call) for name, (call, _) in calls().items()}
+    return {name: ": ".join(said(call)) for name, (call, _) in calls().items()}
 
 
 def test_without_checks_of_annotations():
