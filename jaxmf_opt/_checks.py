@@ -18,6 +18,9 @@ from jaxtyping import PyTree
 from ._keys import as_key
 from ._x64 import is_traced
 
+# Steps, of three float64 each.
+_LONGEST_HISTORY = 2**27
+
 _NUMBERS = {1: "one argument", 2: "two arguments"}
 
 
@@ -40,13 +43,19 @@ def check_callable(name: str, fn: Any, arguments: int = 1) -> None:
 
 def check_params(params: PyTree) -> None:
     """Refuses parameters that are not a non-empty pytree of real numbers."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_sparse)
     if not leaves:
         raise ValueError(
             f"`params` must have at least one array in it, got {params!r}."
         )
     for path, leaf in leaves:
         where = "`params" + jax.tree_util.keystr(path) + "`"
+        if _is_sparse(leaf):
+            raise TypeError(
+                f"{where} must be an array or a number, got a sparse array, whose "
+                "indices cannot be optimized. Optimize its `data`, and make the sparse "
+                "array of it in `loss_fn`."
+            )
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
             raise TypeError(
                 f"{where} must be an array or a number, got {leaf!r} of type "
@@ -54,6 +63,17 @@ def check_params(params: PyTree) -> None:
                 "`params`, with `equinox.partition` for example."
             )
         dtype = getattr(leaf, "dtype", None) or np.dtype(type(leaf))
+        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+            raise ValueError(
+                f"{where} must fit in 64 bits if it is an int, got {leaf}. Make it a "
+                "float."
+            )
+        if not dtype.isnative:
+            raise TypeError(
+                f"{where} must be in the byte order of this machine, got dtype "
+                f"{dtype.str!r}. Convert it by "
+                f"`x.astype({dtype.newbyteorder('=').str!r})`."
+            )
         if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
             raise TypeError(f"{where} must hold real numbers, got dtype {dtype}.")
         if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -61,6 +81,22 @@ def check_params(params: PyTree) -> None:
                 f"{where} must be real, got dtype {dtype}. Optimize the real and "
                 "imaginary parts as two leaves."
             )
+
+
+def _is_sparse(x: Any) -> bool:
+    return type(x).__module__.startswith("jax.experimental.sparse")
+
+
+def check_history(history: Any, max_steps: int) -> None:
+    """Refuses what is not a bool, and records that would be too long."""
+    check_flag("history", history)
+    if history and max_steps > _LONGEST_HISTORY:
+        raise ValueError(
+            "`history` must be False, or `max_optimizer_steps` at most "
+            f"{_LONGEST_HISTORY}: the record of {max_steps} steps would take "
+            f"{24 * max_steps / 2**30:.0f} GiB. Record with `callbacks.Recorder`, or "
+            "take a smaller limit."
+        )
 
 
 def check_steps(max_optimizer_steps: Any) -> int:

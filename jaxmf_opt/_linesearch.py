@@ -16,13 +16,73 @@ _LineSearchState: TypeAlias = (
 _KINDS = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
 
 
-def stored(opt_state: PyTree, y: PyTree) -> _LineSearchState | None:
-    """The line search at the very end of a chain, if it keeps value and gradient.
+def ends_with_linesearch(optimizer: optax.GradientTransformation) -> bool:
+    """Whether an optimizer moves to the very point that its line search accepts.
 
-    Only there is what it accepted what the minimiser moves to. A transformation behind
-    it, or one that wraps the whole (`MultiSteps`, `inject_hyperparams`), may change the
-    step, so then nothing is reused.
+    So it is if it is an `optax.chain` with a line search of optax at its end. That is
+    seen by the code of its functions. A state does not show it: whatever wraps a chain
+    may change the step, and hand on the state.
     """
+    return _is_linesearch(optimizer.update)
+
+
+def _is_linesearch(update: Any) -> bool:
+    code = getattr(update, "__code__", None)
+    if code in _LINESEARCHES:
+        return True
+    inner = _KEEP_THE_STEP.get(code)
+    if inner is None:
+        return False
+    try:
+        contents = [cell.cell_contents for cell in update.__closure__]
+    except ValueError:
+        return False
+    closed_over = dict(zip(update.__code__.co_freevars, contents, strict=True))
+    return _is_linesearch(inner(closed_over))
+
+
+def _code(optimizer: optax.GradientTransformation) -> Any:
+    return getattr(optimizer.update, "__code__", None)
+
+
+_LINESEARCHES: set[Any] = {
+    _code(optax.scale_by_zoom_linesearch(1)),
+    _code(optax.scale_by_backtracking_linesearch(1)),
+} - {None}
+
+# Transformations around others that do not change the step, by their code: where in
+# what they close over the inner one is.
+_KEEP_THE_STEP: dict[Any, Callable[[dict[str, Any]], Any]] = {
+    _code(optax.chain(optax.identity(), optax.identity())): lambda c: c["update_fns"][
+        -1
+    ]
+}
+
+
+def keeps_the_step(
+    optimizer: optax.GradientTransformationExtraArgs, inner: str
+) -> optax.GradientTransformationExtraArgs:
+    """Declares that a transformation moves to the point that another accepts.
+
+    Args:
+      optimizer: A transformation around a line search.
+      inner: The name by which its update closes over that, or over what makes it of a
+        relative tolerance.
+
+    Returns:
+      `optimizer`.
+    """
+
+    def update_of(closed_over: dict[str, Any]) -> Any:
+        search = closed_over[inner]
+        return getattr(search, "update", None) or search(0.0).update
+
+    _KEEP_THE_STEP[_code(optimizer)] = update_of
+    return optimizer
+
+
+def stored(opt_state: PyTree, y: PyTree) -> _LineSearchState | None:
+    """The line search at the very end of a chain, if it keeps value and gradient."""
     while type(opt_state) is tuple and opt_state:
         opt_state = opt_state[-1]
     if not isinstance(opt_state, _KINDS) or opt_state.grad is None:

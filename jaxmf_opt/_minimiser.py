@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,8 +16,13 @@ from optimistix import RESULTS
 
 from ._checks import check_callable, check_optimizer, check_tolerance
 from ._custom_types import Aux, Y
-from ._linesearch import count_trials, stored, without_trials
-from ._optimizer import as_optax_expects
+from ._linesearch import (
+    count_trials,
+    ends_with_linesearch,
+    stored,
+    without_trials,
+)
+from ._optimizer import as_optax_expects, as_pytree
 from ._select import select, select_if_batched
 from ._state import Evaluated, Evaluations, History, MinimiserState
 
@@ -56,6 +62,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
     """
 
     gtol: Tolerance
+    _moves_as_searched: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -93,8 +100,10 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         # optimistix says float, and computes with arrays just as well.
         rtol, atol = cast(float, rtol), cast(float, atol)
         optim = optax.with_extra_args_support(optim)
-        super().__init__(optim, rtol, atol, norm, verbose)
+        super().__init__(optax.identity(), rtol, atol, norm, verbose)
+        self.optim = as_pytree(optim)
         self.gtol = gtol
+        self._moves_as_searched = ends_with_linesearch(optim)
 
     def init(
         self,
@@ -143,6 +152,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             aux=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux_struct),
             update=zeros if self._tests else None,
             loss_before=jnp.array(jnp.inf, dtype) if self._tests else None,
+            grad_before=zeros if self._tests else None,
             opt_state=opt_state,
             converged=no,
             stalled=no,
@@ -152,7 +162,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             last_finite=Evaluated(y, unknown, unknown),
             evaluations=Evaluations(none, none),
             history=history,
-            reuses_linesearch=no_aux and stored(opt_state, y) is not None,
+            reuses_linesearch=(
+                no_aux and self._moves_as_searched and stored(opt_state, y) is not None
+            ),
         )
 
     def step(
@@ -196,7 +208,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         else:
             to = move(None)
 
-        history, update, loss_before = state.history, None, None
+        history, update, loss_before, grad_before = state.history, None, None, None
         if history is not None and history.loss.size:
             row = History(loss, optx.max_norm(grad), optx.max_norm(to.update))
             index = jnp.where(ended, history.loss.size, state.step)
@@ -204,8 +216,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             history = jax.tree.map(write, history, row)
         if self._tests:
             # If no step is made, those of the last: to decide alike if asked again.
-            old, new = (state.update, state.loss_before), (to.update, loss)
-            update, loss_before = select(ended, old, new)
+            old = (state.update, state.loss_before, state.grad_before)
+            new = (to.update, loss, grad)
+            update, loss_before, grad_before = select(ended, old, new)
         new_state = MinimiserState(
             step=jnp.where(ended, state.step, state.step + 1),
             loss=loss,
@@ -213,6 +226,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             aux=aux,
             update=update,
             loss_before=loss_before,
+            grad_before=grad_before,
             opt_state=to.opt_state,
             converged=converged,
             stalled=state.stalled | to.stalled,
@@ -311,7 +325,35 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         cauchy = small(state.update, y) & small(
             loss - cast(Array, state.loss_before), loss
         )
-        return (moved & cauchy) | (self.norm(grad) <= self.gtol)
+        eps = jnp.finfo(loss.dtype).eps
+        slope = relative_gradient(y, loss, grad, state.first_loss)
+        is_minimum = moved & cauchy & self._is_close(y, state, grad)
+        is_minimum &= slope <= jnp.maximum(eps ** (1 / 3), self.rtol)
+        # A step that jumps into the minimum is not small, and is the last that moves.
+        slope = jnp.maximum(slope, optx.max_norm(grad) / jnp.maximum(jnp.abs(loss), 1))
+        is_minimum |= slope <= jnp.where((self.rtol > 0) | (self.atol > 0), 64 * eps, 0)
+        return is_minimum | (self.norm(grad) <= self.gtol)
+
+    def _is_close(
+        self, y: Y, state: MinimiserState[Y, Aux], grad: Y
+    ) -> Bool[Array, ""]:
+        """Whether the distance to the minimum that the gradient tells of is small.
+
+        A step may be small because a line search has failed, because an optimizer turns
+        around or because its schedule says so. But the gradient over the curvature is
+        no more than the distance to the minimum of a quadratic function. The curvature
+        is that which the last step has met.
+        """
+        step = state.update
+        change = jax.tree.map(jnp.subtract, grad, state.grad_before)
+        curvature = _squared_norm(change) / _dot(step, change)
+        distance = jnp.sqrt(_squared_norm(grad)) / curvature
+        size = jnp.sqrt(_squared_norm(y))
+        eps = jnp.finfo(size.dtype).eps
+        elements = sum(x.size for x in jax.tree.leaves(y))
+        allowed = jnp.maximum(self.rtol, eps**0.5) * size + self.atol * elements**0.5
+        is_still = _squared_norm(grad) == 0
+        return ((curvature > 0) & (distance <= allowed)) | is_still
 
     def _move(
         self,
@@ -380,6 +422,43 @@ class _Move(NamedTuple):
     opt_state: PyTree
     stalled: Bool[Array, ""]
     evaluations: Evaluations
+
+
+def relative_gradient(
+    y: PyTree, loss: Scalar, grad: PyTree, first_loss: Scalar
+) -> Scalar:
+    """The size of a gradient, relatively to loss and parameters.
+
+    See Dennis and Schnabel, Numerical Methods for Unconstrained Optimization (1983),
+    section 7.2; from there is also that a minimum shows by the cube root of the
+    precision. What is large is relative to itself, what is small to 1, or to the size
+    that loss and parameters have at all.
+
+    Args:
+      y: The point.
+      loss: The loss there.
+      grad: The gradient there.
+      first_loss: The loss where the solve started.
+
+    Returns:
+      A number without a unit.
+    """
+
+    def relative(g: Array, x: Array) -> Array:
+        return jnp.abs(g) * jnp.maximum(jnp.abs(x), jnp.where(of_y > 0, of_y, 1.0))
+
+    of_y = jnp.minimum(optx.max_norm(y), 1.0)
+    first = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss), 1.0)
+    of_loss = jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
+    return optx.max_norm(jax.tree.map(relative, grad, y)) / of_loss
+
+
+def _dot(a: PyTree, b: PyTree) -> Scalar:
+    return optax.tree.real(optax.tree.vdot(a, b))
+
+
+def _squared_norm(a: PyTree) -> Scalar:
+    return _dot(a, a)
 
 
 def all_finite(y: PyTree) -> Bool[Array, ""]:

@@ -123,6 +123,11 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
     def outputs(*leaves: Array) -> list[Array]:
         out = loss_fn(jax.tree.unflatten(treedef, leaves))
         loss, gradient = _check_pair(out) if grad else (out, None)
+        if not grad and isinstance(out, (tuple, list)) and len(out) == 2:
+            raise TypeError(
+                "optimize: `loss_fn` must return a real floating-point scalar, got a "
+                "pair. If it returns its gradient too, say so by grad=True."
+            )
         out = [_check_loss(loss)]
         if grad:
             out += _check_gradient(gradient, treedef, structs)
@@ -169,6 +174,12 @@ def _axis_effect() -> type:
 def _check_local(closed: jex.ClosedJaxpr) -> None:
     """Refuses a loss that communicates: its solves would wait for each other."""
     for effect in closed.effects:
+        if type(effect).__name__ == "ErrorEffect":
+            raise ValueError(
+                "optimize: `loss_fn` uses `checkify.check`, whose errors cannot be "
+                "carried out of a solve. Return NaN where the check fails: the result "
+                "of `solve` is then `nonfinite`."
+            )
         if isinstance(effect, _axis_effect()):
             raise ValueError(
                 "optimize: `loss_fn` uses a mapped axis, "

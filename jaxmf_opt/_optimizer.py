@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Hashable, Iterator
 from typing import Any
 
+import equinox.internal as eqxi
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -22,10 +23,8 @@ DEFAULT_OPTIMIZER = optax.lbfgs(
 # Libraries whose functions compute what their code says and what they close over. A
 # function from elsewhere may read globals that its owner rebinds.
 _LIBRARIES = frozenset(
-    {"optax", "jax", "jaxlib", "chex", "equinox", "functools", "jaxmf_opt"}
+    {"optax", "jax", "jaxlib", "chex", "equinox", "functools", "jaxmf_opt", "builtins"}
 )
-
-_ATOMS = (types.BuiltinFunctionType, type(jax.jit(len)), type(jnp.add))
 
 
 @contextlib.contextmanager
@@ -82,11 +81,13 @@ def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
             return (dict, keys(part.keys()), keys(part.values()))
         case functools.partial():
             return ("partial", keys((part.func, part.args, part.keywords)))
-        case types.FunctionType() if _from_library(part):
-            cells = [c.cell_contents for c in part.__closure__ or ()]
+        case types.FunctionType() if _is_of_library(part):
+            cells = list(map(_contents, part.__closure__ or ()))
             defaults = (part.__defaults__, part.__kwdefaults__)
             return (part.__code__, id(part.__globals__), keys(cells), keys(defaults))
-        case np.dtype() | type():
+        case np.dtype():
+            return part
+        case type() if _is_in_library(part, part.__name__):
             return part
         case Tracer():
             raise _NotComparableError
@@ -94,10 +95,90 @@ def _key(part: Any, parents: tuple[int, ...]) -> Hashable:
             with jax.ensure_compile_time_eval():
                 a = as_numpy(part)
             return (type(part), part.dtype, a.shape, a.dtype, a.tobytes())
-    if isinstance(part, _ATOMS) and _from_library(part):
+        case _ if part is _EMPTY:
+            return ("empty",)
+    name = getattr(part, "__name__", None)
+    if isinstance(name, str) and _is_in_library(part, name):
         return part  # at module level, so there is one of it
     raise _NotComparableError
 
 
-def _from_library(fn: Any) -> bool:
-    return (getattr(fn, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+_EMPTY = object()
+
+
+def _contents(cell: types.CellType) -> Any:
+    """What a function closes over; a variable may not be set, or not yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY
+
+
+def _is_of_library(fn: types.FunctionType) -> bool:
+    """Whether a function is a library's, by its globals: a name can be copied."""
+    module = fn.__globals__.get("__name__")
+    return (
+        _is_library(module)
+        and getattr(sys.modules.get(module), "__dict__", None) is fn.__globals__
+    )
+
+
+def _is_in_library(part: Any, name: str) -> bool:
+    """Whether something is what a library calls by its name."""
+    module = getattr(part, "__module__", None)
+    places = (module, "jax.numpy", "jax.lax", "builtins")
+    return any(
+        _is_library(place) and getattr(sys.modules.get(place), name, None) is part
+        for place in places
+    )
+
+
+def _is_library(module: Any) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
+
+
+def closed_over(optimizer: Any) -> list[Any]:
+    """The arrays that the functions of an optimizer close over, tracers among them."""
+    found: list[Any] = []
+    seen: set[int] = set()
+
+    def visit(part: Any) -> None:
+        if id(part) in seen:
+            return
+        seen.add(id(part))
+        if isinstance(part, types.FunctionType):
+            inside = [
+                *map(_contents, part.__closure__ or ()),
+                *(part.__defaults__ or ()),
+                *(part.__kwdefaults__ or {}).values(),
+            ]
+        elif isinstance(part, types.MethodType):
+            inside = [part.__self__, part.__func__]
+        elif isinstance(part, functools.partial):
+            inside = [part.func, *part.args, *part.keywords.values()]
+        else:
+            leaves = jax.tree.leaves(part)
+            if len(leaves) == 1 and leaves[0] is part:
+                if isinstance(part, (jax.Array, np.ndarray)):
+                    found.append(part)
+                inside = list(getattr(part, "__dict__", {}).values())
+                inside += [part.__wrapped__] if hasattr(part, "__wrapped__") else []
+            else:
+                inside = leaves
+        for x in inside:
+            visit(x)
+
+    visit(optimizer)
+    return found
+
+
+def as_pytree(optimizer: Any) -> Any:
+    """An optimizer of which the arrays that it closes over are leaves.
+
+    Returns it as it is if that cannot be: if a function closes over itself, or over a
+    variable that is not set.
+    """
+    try:
+        return eqxi.closure_to_pytree(optimizer)
+    except (ValueError, RecursionError):
+        return optimizer

@@ -17,11 +17,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
 from ._loop import Loop, Pause
-from ._minimiser import LeanOptaxMinimiser, Tolerance, all_finite
+from ._minimiser import (
+    LeanOptaxMinimiser,
+    Tolerance,
+    all_finite,
+    relative_gradient,
+)
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._solution import Solution
-from ._stall import is_stationary, minimiser_for
+from ._stall import minimiser_for
 from ._start import as_float64, is_of_problem, recording, start
 from ._state import Evaluations, History, MinimiserState, SolverState
 from ._structure import CACHE_SIZE
@@ -129,19 +134,6 @@ class Recipe:
         if not (isinstance(other, Recipe) and self.cacheable):
             return self is other
         return self._key == other._key
-
-    def with_optimizer(self, optimizer: optax.GradientTransformation) -> "Recipe":
-        """The same recipe with other arrays in its optimizer."""
-        return Recipe(
-            self.program,
-            optimizer,
-            self._dtypes,
-            self._int_dtype,
-            self._float_dtype,
-            tests=self._tests,
-            history=self._history,
-            watch=self._watch,
-        )
 
     def solve(self, *operands: Any) -> Solution:
         """The same as `solve_in_float64`, with the value in the recipe's dtypes."""
@@ -277,7 +269,8 @@ class Recipe:
         finite = jnp.isfinite(state.loss) & jnp.isfinite(last.grad_norm)
         finite &= all_finite(end.params)
         success = state.interrupted | (last.grad_norm == 0)
-        stationary = is_stationary(y, state.loss, state.grad)
+        slope = relative_gradient(y, state.loss, state.grad, state.first_loss)
+        stationary = slope <= jnp.finfo(slope.dtype).eps ** (1 / 3)
         success |= state.converged | (state.stalled & stationary)
         at_limit: Any = RESULTS.nonlinear_max_steps_reached
         stagnant: Any = RESULTS.stagnation
@@ -318,7 +311,7 @@ class Recipe:
         y: PyTree,
         opt_state: PyTree,
         tally: Int[Array, "3"],
-        before: tuple[PyTree, Float[Array, ""]] | None,
+        before: tuple[PyTree, Float[Array, ""], PyTree, Float[Array, ""]] | None,
         captured: Sequence[Array],
         tolerances: Tolerances | None,
     ) -> tuple[PyTree, PyTree, Int[Array, "3"], Told]:
@@ -329,8 +322,8 @@ class Recipe:
           opt_state: The state of the optax transformation.
           tally: How many steps may be taken (0: `y` is evaluated and not moved), and
             how often loss and gradient have been computed.
-          before: The last step and the loss where it started; None if no tolerances are
-            looked at.
+          before: The last step, loss and gradient where it started, and the loss where
+            the solve did; None if no tolerances are looked at.
           captured: What the loss closes over.
           tolerances: When to stop, or None.
 
@@ -338,14 +331,16 @@ class Recipe:
           The new `y`, `opt_state` and `tally`, and what else is told.
         """
         state = self.start(y).minimiser
-        update, loss_before = (None, None) if before is None else before
+        if before is None:
+            before = (None, None, None, state.first_loss)
         row = None
         if self._history is not None:
             row = History.of_no_steps(1)
         parts = lambda s: (  # noqa: E731
-            *(s.opt_state, s.evaluations, s.update, s.loss_before, s.history),
+            *(s.opt_state, s.evaluations, s.history),
+            *(s.update, s.loss_before, s.grad_before, s.first_loss),
         )
-        new_parts = (opt_state, Evaluations(*tally[1:]), update, loss_before, row)
+        new_parts = (opt_state, Evaluations(*tally[1:]), row, *before)
         state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
         minimiser = LeanOptaxMinimiser(
             self.optimizer, *self._tolerances(tolerances or Tolerances())

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -16,6 +15,7 @@ from ._callback import CallbackFnType, no_callback, parts, traced
 from ._checks import (
     check_callable,
     check_flag,
+    check_history,
     check_linear_solver,
     check_optimizer,
     check_params,
@@ -28,7 +28,7 @@ from ._fork import check_process
 from ._implicit import solve_in_program
 from ._minimiser import Tolerance
 from ._objective import trace
-from ._optimizer import DEFAULT_OPTIMIZER
+from ._optimizer import DEFAULT_OPTIMIZER, closed_over
 from ._run import Recipe, Tolerances, compiled
 from ._solution import Solution, throw_failure
 from ._start import going_on, is_of_problem, start
@@ -127,7 +127,7 @@ def solve(
     check_callable("callback", callback)
     check_optimizer(optimizer)
     check_linear_solver(linear_solver)
-    check_flag("history", history)
+    check_history(history, max_steps)
     check_flag("throw", throw)
     tolerances = Tolerances(rtol, atol, gtol)
     for name, value in tolerances._asdict().items():
@@ -149,7 +149,7 @@ def solve(
         first = check_state(state, state_structs(), state_structs(not tests))
         with inside_region():
             first = going_on(first, optimizer, tests=tests, is_seen=bool(callbacks))
-    arrays = (params, captured, tolerances, eqxi.closure_to_pytree(optimizer), first)
+    arrays = (params, captured, tolerances, closed_over(optimizer), first)
     in_program = is_traced(arrays)
     of_program = [isinstance(c, traced) for c in callbacks]
     watcher, watched = None, []

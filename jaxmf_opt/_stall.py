@@ -46,32 +46,6 @@ def is_default(optimizer: optax.GradientTransformation) -> bool:
     return optimizer_key(optimizer) == _DEFAULT_KEY
 
 
-def is_stationary(y: PyTree, loss: Scalar, grad: PyTree) -> Bool[Array, ""]:
-    """Whether a point where a line search has given up is a minimum, as far as known.
-
-    Its gradient must be small, relatively to loss and parameters: Dennis and Schnabel,
-    Numerical Methods for Unconstrained Optimization (1983), section 7.2, from where
-    the size of the constant is, too.
-
-    Args:
-      y: The point.
-      loss: The loss there.
-      grad: The gradient there.
-
-    Returns:
-      A boolean scalar.
-    """
-
-    def relative(g: Array, x: Array) -> Array:
-        return jnp.abs(g) * jnp.maximum(jnp.abs(x), 1.0)
-
-    size = optx.max_norm(jax.tree.map(relative, grad, y))
-    return size <= _SMALL * jnp.maximum(jnp.abs(loss), 1.0)
-
-
-# The cube root of the precision of float64.
-_SMALL = 2.0 ** (-52 / 3)
-
 _DEFAULT_KEY = optimizer_key(DEFAULT_OPTIMIZER)
 
 

@@ -72,17 +72,17 @@ def going_on(
     evaluations = Evaluations(
         *(jnp.where(n > 0, n - again, n) for n in old.evaluations)
     )
-    update, loss_before = None, None
+    before: tuple[Any, Any, Any] = (None, None, None)
     if tests:
-        update, loss_before = old.update, old.loss_before
-        if update is None:  # as if there had been no step: so says no test by it
-            update = jax.tree.map(jnp.zeros_like, state.params)
-            loss_before = jnp.full_like(old.loss, jnp.inf)
+        before = (old.update, old.loss_before, old.grad_before)
+        if old.update is None:  # as if there had been no step: so says no test by it
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            before = (zeros, jnp.full_like(old.loss, jnp.inf), zeros)
     parts = lambda s: (  # noqa: E731
         *(s.converged, s.stalled, s.interrupted, s.ended),
-        *(s.evaluations, s.update, s.loss_before),
+        *(s.evaluations, s.update, s.loss_before, s.grad_before),
     )
-    new_parts = (no, stalled, no, stalled, evaluations, update, loss_before)
+    new_parts = (no, stalled, no, stalled, evaluations, *before)
     minimiser = eqx.tree_at(parts, old, new_parts, is_leaf=lambda x: x is None)
     return SolverState(state.params, minimiser)
 

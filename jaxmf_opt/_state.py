@@ -75,6 +75,7 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
       update: The last step itself, the difference of two iterates. None where no
         tolerance is on: nobody asks for it, and to keep it changes how XLA rounds.
       loss_before: The loss where that step started; None likewise.
+      grad_before: The gradient there; None likewise.
       opt_state: The state of the optax transformation.
       converged: Whether a tolerance has been met.
       stalled: Whether it is proven that no step can move the point any more.
@@ -86,7 +87,7 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
       evaluations: How often loss and gradient have been computed.
       history: What is recorded of each step, if anything is.
       reuses_linesearch: Whether `opt_state` ends in a line search that stores value and
-        gradient at the point it accepts.
+        gradient at the point it accepts, and the optimizer moves there.
     """
 
     step: Int[Array, ""]
@@ -95,6 +96,7 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
     aux: Aux
     update: Y | None
     loss_before: Float[Array, ""] | None
+    grad_before: Y | None
     opt_state: PyTree
     converged: Bool[Array, ""]
     stalled: Bool[Array, ""]

@@ -55,10 +55,10 @@ def solve_stepwise(
     y, of = begin.params, begin.minimiser
     opt_state = of.opt_state
     tally = jnp.stack([jnp.asarray(max_steps - int(of.step)), *of.evaluations])
-    before: tuple[Any, Any] | None = None
+    before: tuple[Any, Any, Any, Any] | None = None
     limits = None
     if not tolerances.off:
-        before = (of.update, of.loss_before)
+        before = (of.update, of.loss_before, of.grad_before, of.first_loss)
         limits = Tolerances(*map(jnp.asarray, tolerances))
     record = _Record(begin)
     rows: list[History] = []
@@ -73,7 +73,8 @@ def solve_stepwise(
         if limits is not None:
             if told.converged:
                 break
-            before = (told.update, told.loss)
+            first = before[3] if before and steps else told.loss
+            before = (told.update, told.loss, told.grad, first)
         steps += 1
         if told.row is not None:
             rows.append(told.row)
@@ -134,7 +135,7 @@ class _Record:
         opt_state: PyTree,
         tally: Array,
         told: Told,
-        before: tuple[Any, Any] | None = None,
+        before: tuple[Any, Any, Any, Any] | None = None,
     ) -> SolverState:
         """The whole state after a number of steps, whenever it is asked for.
 
@@ -145,7 +146,8 @@ class _Record:
           opt_state: The state of the optax transformation.
           tally: The counts.
           told: What was told of the step.
-          before: The step and the loss before it; None for those that were told.
+          before: The step, and loss and gradient before it; None for those that were
+            told.
 
         Returns:
           The state.
@@ -155,13 +157,15 @@ class _Record:
                 self.look()
             last_finite = _if_finite(at, told) or self._last_finite
             old = self._begin.minimiser
-            update, loss_before = before or (told.update, told.loss)
+            before = before or (told.update, told.loss, told.grad, None)
+            has_tests = before[0] is not None
             parts: dict[str, Any] = {
                 "step": jnp.asarray(steps, old.step.dtype),
                 "loss": told.loss,
                 "grad": told.grad,
-                "update": update,
-                "loss_before": None if update is None else loss_before,
+                "update": before[0],
+                "loss_before": before[1] if has_tests else None,
+                "grad_before": before[2] if has_tests else None,
                 "opt_state": opt_state,
                 "first_loss": self._first_loss,
                 "last_finite": last_finite,

@@ -26,6 +26,7 @@ CACHE_SIZE = 128
 _EVALUATED_ONLY = {
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
+    "x64_region": ("jaxpr",),
 }
 
 
@@ -74,6 +75,7 @@ class Structure:
         eqns = tuple(
             (
                 e.primitive,
+                self._context(e.ctx),
                 tuple(map(atom, e.invars)),
                 self._params(e),
                 tuple(map(binder, e.outvars)),
@@ -83,12 +85,24 @@ class Structure:
         return (len(jaxpr.constvars), head, eqns, tuple(map(atom, jaxpr.outvars)))
 
     def _params(self, eqn: jex.JaxprEqn) -> Hashable:
-        names = sorted(eqn.params)
-        if eqn.primitive.name in _EVALUATED_ONLY:
-            self.has_custom_rules = True
-            self.has_custom_vjp |= eqn.primitive.name == "custom_vjp_call"
-            names = _EVALUATED_ONLY[eqn.primitive.name]
+        name, names = eqn.primitive.name, sorted(eqn.params)
+        if name in _EVALUATED_ONLY:
+            names = _EVALUATED_ONLY[name]
+            # (A region of float64 may have a rule or not.)
+            self.has_custom_rules |= eqn.params.get("rule", self) is not None
+            self.has_custom_vjp |= name == "custom_vjp_call"
         return tuple((n, self._value(eqn.params[n])) for n in names)
+
+    def _context(self, context: Any) -> Hashable:
+        """The settings in which an equation was traced: it is lowered in them, too."""
+        names = getattr(type(context), "__slots__", None) or getattr(
+            context, "__dict__", ()
+        )
+        return tuple(
+            (n, self._value(getattr(context, n, None)))
+            for n in names
+            if not n.startswith("__")
+        )
 
     def _value(self, v: Any) -> Hashable:
         if isinstance(v, jex.ClosedJaxpr):
@@ -101,8 +115,11 @@ class Structure:
             return ("dict", *((k, self._value(x)) for k, x in v.items()))
         if isinstance(v, jex.DebugInfo):
             return None  # names and source lines
-        if isinstance(v, float):  # 0.0 == -0.0 and nan != nan, but not here
+        # 0.0 == -0.0 and nan != nan, but not here.
+        if isinstance(v, float):
             return (type(v), np.float64(v).tobytes())
+        if isinstance(v, complex):
+            return (type(v), np.complex128(v).tobytes())
         if isinstance(v, (np.ndarray, np.generic)) or _is_plain_array(v):
             a = np.asarray(v)
             return ("array", a.shape, a.dtype, hashlib.sha256(a.tobytes()).digest())

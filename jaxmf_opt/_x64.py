@@ -13,7 +13,7 @@ program around it a region is a single opaque operation on arrays.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -23,11 +23,13 @@ import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
 from jax.core import Tracer, eval_jaxpr
+from jax.experimental import jet
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
 from ._host_call import calls_host, original_exceptions
+from ._loss_callbacks import has_callbacks, with_all_bits
 from ._structure import compiled
 from ._varying import as_operand, unchecked, vary_alike, without_axes
 
@@ -112,7 +114,12 @@ def _call_in_region(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return eqx.combine(x64_region(of_arrays, arrays), static_out)
 
 
-def x64_region(fn: Callable[..., Any], *args: Any, may_close: bool = True) -> Any:
+def x64_region(
+    fn: Callable[..., Any],
+    *args: Any,
+    may_close: bool = True,
+    tangent: Callable[..., Any] | None = None,
+) -> Any:
     """Evaluates `fn(*args)` as a float64 region.
 
     Args:
@@ -124,6 +131,13 @@ def x64_region(fn: Callable[..., Any], *args: Any, may_close: bool = True) -> An
       may_close: Whether `fn` may close over tracers. Where derivatives are taken with
         respect to known operands only, one that is not among them is refused: its
         part of the derivative would silently be missing.
+      tangent: The derivative, in the place of that of `fn`: a hashable function of
+        `args`, of `fn(*args)`, and of tangents in the structure of `args`, None where
+        they are zero. It returns tangents in the structure of `fn(*args)`, None where
+        they are zero, and is a region itself. (A `jax.custom_jvp` would not do: JAX's
+        partial evaluation, by which `jax.lax.scan` is differentiated in reverse,
+        replaces it by its body and forgets its rule.) With respect to what `fn` closes
+        over it is zero.
 
     Returns:
       What `fn(*args)` returns when all of JAX runs with 64-bit types.
@@ -132,7 +146,11 @@ def x64_region(fn: Callable[..., Any], *args: Any, may_close: bool = True) -> An
       TypeError: If `fn` closes over a tracer and must not.
     """
     jaxpr, operands, out_tree = _stage(fn, args, may_close)
-    return jax.tree.unflatten(out_tree, _bind(*operands, jaxpr=jaxpr))
+    rule = None
+    if tangent is not None:
+        in_tree = jax.tree.structure(args)
+        rule = _Rule(tangent, len(operands) - in_tree.num_leaves, in_tree, out_tree)
+    return jax.tree.unflatten(out_tree, _bind(*operands, jaxpr=jaxpr, rule=rule))
 
 
 @contextlib.contextmanager
@@ -142,8 +160,63 @@ def inside_region() -> Iterator[None]:
         yield
 
 
-def _bind(*operands: Any, jaxpr: jex.ClosedJaxpr) -> list[Any]:
-    return region_p.bind(*vary_alike(operands), jaxpr=jaxpr)
+def _bind(*operands: Any, jaxpr: jex.ClosedJaxpr, rule: Any = None) -> list[Any]:
+    return region_p.bind(*vary_alike(operands), jaxpr=jaxpr, rule=rule)
+
+
+class _Rule(NamedTuple):
+    """The derivative of a region that brings its own.
+
+    Attributes:
+      tangent: As in `x64_region`.
+      num_consts: How many operands stand in front of the arguments. They have none.
+      in_tree: The structure of the arguments.
+      out_tree: The structure of the results.
+    """
+
+    tangent: Callable[..., Any]
+    num_consts: int
+    in_tree: Any
+    out_tree: Any
+
+    def jvp(
+        self, primals: Sequence[Any], tangents: Sequence[Any], jaxpr: jex.ClosedJaxpr
+    ) -> tuple[list[Any], list[Any]]:
+        """The results, and their tangents; None for a tangent that is zero."""
+        out = _bind(*primals, jaxpr=jaxpr, rule=self)
+        dots = self.tangent(
+            *jax.tree.unflatten(self.in_tree, primals[self.num_consts :]),
+            jax.tree.unflatten(self.out_tree, out),
+            jax.tree.unflatten(self.in_tree, tangents[self.num_consts :]),
+        )
+        return out, self.out_tree.flatten_up_to(dots)
+
+
+class _BatchedRule(NamedTuple):
+    """The derivative of a batch of such regions: the batch of the derivatives."""
+
+    rule: "_Rule | _BatchedRule"
+    jaxpr: jex.ClosedJaxpr
+    dims: tuple[int | None, ...]
+    axis: tuple[Any, Any, Any]
+
+    def jvp(
+        self, primals: Sequence[Any], tangents: Sequence[Any], jaxpr: jex.ClosedJaxpr
+    ) -> tuple[list[Any], list[Any]]:
+        """The results, and their tangents; None for a tangent that is zero."""
+        del jaxpr  # that of all lanes
+        size, name, spmd_name = self.axis
+        dots = [
+            None if t is None else d for t, d in zip(tangents, self.dims, strict=True)
+        ]
+        with inside_region():
+            return jax.vmap(
+                lambda p, t: self.rule.jvp(p, t, self.jaxpr),
+                in_axes=(list(self.dims), dots),
+                axis_size=size,
+                axis_name=name,
+                spmd_axis_name=spmd_name,
+            )(list(primals), list(tangents))
 
 
 def _stage(
@@ -233,7 +306,8 @@ region_p.multiple_results = True
 # Eager evaluation, as happens under an eager `vmap` or `grad`. Compiled programs are
 # shared between regions of the same structure: the jaxpr is a new object at each call.
 @region_p.def_impl
-def _impl(*args: Any, jaxpr: jex.ClosedJaxpr) -> list[Array]:
+def _impl(*args: Any, jaxpr: jex.ClosedJaxpr, rule: Any) -> list[Array]:
+    del rule
     with inside_region():
         run = compiled(jaxpr)
         if not calls_host(jaxpr.jaxpr):
@@ -243,23 +317,32 @@ def _impl(*args: Any, jaxpr: jex.ClosedJaxpr) -> list[Array]:
 
 
 @region_p.def_effectful_abstract_eval
-def _abstract_eval(*avals: Any, jaxpr: jex.ClosedJaxpr) -> tuple[list[Any], Any]:
+def _abstract_eval(
+    *avals: Any, jaxpr: jex.ClosedJaxpr, rule: Any
+) -> tuple[list[Any], Any]:
+    del rule
     out = jaxpr.out_avals
     return [as_operand(o, avals[0]) if avals else o for o in out], jaxpr.effects
 
 
 # Lowering rules trace JAX functions of their own (`argmax`, scatters, random numbers):
 # without the switch those would be float32 inside a float64 module.
-def _lower(ctx: Any, *args: Any, jaxpr: jex.ClosedJaxpr) -> Any:
-    ctx = ctx.replace(
+def _lower(ctx: Any, *args: Any, jaxpr: jex.ClosedJaxpr, rule: Any) -> Any:
+    del rule
+    inner = ctx.replace(
         avals_in=[without_axes(a) for a in ctx.avals_in],
         avals_out=[without_axes(a) for a in ctx.avals_out],
     )
     if ctx.dim_var_values:
-        ctx = _with_int64_dimensions(ctx)
+        inner = _with_int64_dimensions(inner)
     with inside_region():
+        if has_callbacks(jaxpr.jaxpr):
+            inner = with_all_bits(inner)
         rule = mlir.lower_fun(jex.jaxpr_as_fun(jaxpr), multiple_results=True)
-        return rule(ctx, *args)
+        out = rule(inner, *args)
+    if inner.tokens_out is not None:  # of what is ordered, `jax.debug.print` perhaps
+        ctx.set_tokens_out(inner.tokens_out)
+    return out
 
 
 def _with_int64_dimensions(ctx: Any) -> Any:
@@ -287,10 +370,23 @@ mlir.register_lowering(region_p, _lower)
 # The tangents are a region of their own, so that a linearisation can keep the primal
 # results and postpone (or transpose) the rest.
 def _jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: jex.ClosedJaxpr
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    jaxpr: jex.ClosedJaxpr,
+    rule: _Rule | _BatchedRule | None,
 ) -> tuple[list[Any], list[Any]]:
-    fn = jex.jaxpr_as_fun(jaxpr)
     primals = _arrays(primals)
+    # (A tangent may be a Python number.)
+    tangents = [t if _is_zero(t) else _arrays([t])[0] for t in tangents]
+    if rule is not None:
+        dots = [None if _is_zero(t) else t for t in tangents]
+        out, dots = rule.jvp(primals, dots, jaxpr)
+        return out, [
+            ad.Zero(jax.typeof(o).to_tangent_aval()) if d is None else d
+            for o, d in zip(out, dots, strict=True)
+        ]
+    fn = jex.jaxpr_as_fun(jaxpr)
     out = _bind(*primals, jaxpr=jaxpr)
     moving = [not _is_zero(t) for t in tangents]
     inexact = [jnp.issubdtype(o.dtype, jnp.inexact) for o in out]
@@ -321,8 +417,9 @@ ad.primitive_jvps[region_p] = _jvp
 
 
 def _transpose(
-    cotangents: Sequence[Any], *args: Any, jaxpr: jex.ClosedJaxpr
+    cotangents: Sequence[Any], *args: Any, jaxpr: jex.ClosedJaxpr, rule: Any
 ) -> list[Any]:
+    del rule  # what is linear is its own derivative
     fn = jex.jaxpr_as_fun(jaxpr)
     linear = [ad.is_undefined_primal(x) for x in args]
     unknown = [struct(x.aval) for x in args if ad.is_undefined_primal(x)]
@@ -353,10 +450,15 @@ ad.primitive_transposes[region_p] = _transpose
 # The whole program is batched at once. (Batching by a generic rule over its equations
 # would run outside the 64-bit setting.)
 def _batch(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: jex.ClosedJaxpr
+    axis_data: Any,
+    args: Sequence[Any],
+    dims: Sequence[Any],
+    *,
+    jaxpr: jex.ClosedJaxpr,
+    rule: _Rule | _BatchedRule | None,
 ) -> tuple[list[Any], list[Any]]:
     if all(d is None for d in dims):  # as in the primal part of `jacfwd`
-        out = _bind(*args, jaxpr=jaxpr)
+        out = _bind(*args, jaxpr=jaxpr, rule=rule)
         return out, [None] * len(out)
     batched = jax.vmap(
         jex.jaxpr_as_fun(jaxpr),
@@ -367,8 +469,21 @@ def _batch(
     )
     args = _arrays(args)
     closed = _restage(batched, [jax.typeof(x) for x in args])
-    out = _bind(*args, jaxpr=closed)
+    if rule is not None:
+        axis = (axis_data.size, axis_data.name, axis_data.spmd_name)
+        rule = _BatchedRule(rule, jaxpr, tuple(dims), axis)
+    out = _bind(*args, jaxpr=closed, rule=rule)
     return out, [0] * len(out)
 
 
 batching.fancy_primitive_batchers[region_p] = _batch
+
+
+def _jet(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "jaxmf_opt has no rule for `jax.experimental.jet`. Nest `jax.jvp` or "
+        "`jax.jacfwd` for derivatives of higher order."
+    )
+
+
+jet.jet_rules[region_p] = _jet

@@ -24,6 +24,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ._checks import check_positive
+from ._linesearch import keeps_the_step
 
 T = TypeVar("T")
 
@@ -282,7 +283,8 @@ def finite_trials(
             ),
         )
 
-    return optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
+    keeping = optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
+    return keeps_the_step(keeping, "search")
 
 
 def refuse_uphill(
@@ -321,7 +323,8 @@ def refuse_uphill(
         stay = new._replace(value=value, grad=grad)
         return _where(accept, (step, new), (optax.tree.zeros_like(step), stay))
 
-    return optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
+    keeping = optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
+    return keeps_the_step(keeping, "search")
 
 
 def rounding_floor(
@@ -370,7 +373,8 @@ def rounding_floor(
         )
         return step, (largest, inner)
 
-    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
+    keeping = optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
+    return keeps_the_step(keeping, "search")
 
 
 def robust_lbfgs(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, cast
 
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from .._callback import parts as parts_of
 from .._checks import (
     check_callable,
     check_flag,
+    check_history,
     check_optimizer,
     check_params,
     check_path,
@@ -27,7 +27,7 @@ from .._checks import (
 from .._custom_types import PyTree
 from .._fork import check_process
 from .._minimiser import Tolerance
-from .._optimizer import DEFAULT_OPTIMIZER
+from .._optimizer import DEFAULT_OPTIMIZER, closed_over
 from .._run import Tolerances
 from .._solution import Solution, throw_failure
 from .._state import SolverState
@@ -145,6 +145,7 @@ def sweep(
     flags = {"grad": grad, "history": history, "throw": throw, "progress": progress}
     for name, value in (flags | {"keep_states": keep_states}).items():
         check_flag(name, value)
+    check_history(history, max_steps)
     tolerances = Tolerances(*cast(Any, (rtol, atol, gtol)))
     check_untraced("its arguments", params, hyperparams, state, tolerances)
     problems = [("params", params), ("hyperparams", hyperparams)]
@@ -268,7 +269,7 @@ def _check_options(lanes: Lanes, optimizer: Any, tolerances: Tolerances) -> None
         check_callable("optimizer", optimizer)
         optimizer = optimizer(lanes.first(1))
     check_optimizer(optimizer)
-    check_untraced("`optimizer`", eqxi.closure_to_pytree(optimizer))
+    check_untraced("`optimizer`", closed_over(optimizer))
     for name, tolerance in tolerances._asdict().items():
         if not is_function(tolerance):
             check_tolerance(name, tolerance)
