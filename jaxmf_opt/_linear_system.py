@@ -192,8 +192,8 @@ class MatrixFree:
         Returns:
           The solution, differentiable in `point` and `b`.
         """
-        # A masked parameter has a gradient of 0 wherever it is. A row is seen to be 0 by
-        # its product with any vector that is orthogonal to no other row.
+        # A masked parameter has a gradient of 0 wherever it is. A row is seen to be 0
+        # by its product with any vector that is orthogonal to no other row.
         row = jax.lax.stop_gradient(self.product(point, _random(b.size)))
         return self._solve(_At(point, jnp.where(row == 0, 0.0, 1.0), null), b)
 
@@ -264,18 +264,23 @@ class MatrixFree:
             regular = (1 - at.mask) * v + known * (known @ v)
             return units * product(units * v) + regular
 
-        x = self._solve_once(scaled, units * b)
         # In other units other solutions have the smallest norm, so there must be only
-        # one. In those of the variables, all iterates of a symmetric matrix are in its
-        # range, and those of others perhaps.
+        # one, which a second system shows. In those of the variables, all iterates of a
+        # symmetric matrix are in its range, and those of others perhaps.
         probe = _random(b.size)
         is_sure = self.symmetric and self.solver is None
-        rhs = jnp.where(is_scaled, scaled(probe), jnp.zeros_like(x) if is_sure else x)
-        z = self._solve_once(scaled, rhs)
-        is_regular = _is_near(z, probe, 1e-3)
-        is_in_range = _is_near(scaled(z), rhs, 1e-6)
-        x = jnp.where(jnp.where(is_scaled, is_regular, is_in_range), x, jnp.nan)
-        return units * x
+
+        def solve_and_check(rhs: Array, _: Any) -> tuple[Array, tuple[Array, Array]]:
+            x = self._solve_once(scaled, rhs)
+            check = jnp.zeros_like(x) if is_sure else x
+            return jnp.where(is_scaled, scaled(probe), check), (rhs, x)
+
+        # (A loop of two turns, to be compiled once.)
+        _, (rhs, x) = jax.lax.scan(solve_and_check, units * b, length=2)
+        is_regular = _is_near(x[1], probe, 1e-3)
+        is_in_range = _is_near(scaled(x[1]), rhs[1], 1e-6)
+        is_right = jnp.where(is_scaled, is_regular, is_in_range)
+        return units * jnp.where(is_right, x[0], jnp.nan)
 
     def _solve_once(self, product: Callable[[Array], Array], b: Array) -> Array:
         if self.solver is not None:
