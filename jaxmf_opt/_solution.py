@@ -35,7 +35,10 @@ class Solution(optx.Solution[Any, Any]):
       aux: None.
       stats: Numbers about the run.
       state: A `SolverState`, to go on from.
+      loss: The loss at `value` in float64, if it is the solution of a sweep; else None.
     """
+
+    loss: Any = None
 
     def __repr__(self) -> str:
         """Numbers where there are some, else types."""

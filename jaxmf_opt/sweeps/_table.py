@@ -18,6 +18,7 @@ from ._lanes import as_pair, lanes_of
 def best_lane(solution: Solution) -> int:
     """The lane of the least loss, among those whose loss is finite.
 
+    Losses are compared in float64, also where `solution.stats` has them in float32.
     A lane need not have succeeded to be the best: its point is as good as its loss.
 
     Args:
@@ -40,13 +41,22 @@ def best_lane(solution: Solution) -> int:
       >>> best_lane(sweep(loss, jnp.zeros(2), rates, optimizer=optax.sgd, gtol=1e-6))
       1
     """
-    losses = np.asarray(lanes_of_solution(solution).stats["loss"])
+    losses = _losses(lanes_of_solution(solution))
     if not np.isfinite(losses).any():
         raise ValueError(
             f"`solution` must have a lane whose loss is finite, got {losses.size} "
             "lanes without one."
         )
     return int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+
+
+def _losses(solution: Solution) -> np.ndarray:
+    """The losses of the lanes, in float64 if the solution has them."""
+    if solution.loss is not None:  # of a sweep
+        return np.asarray(solution.loss)
+    if solution.state is not None:  # of a `jax.vmap` of `solve`
+        return np.asarray(solution.state.minimiser.last_finite.loss)
+    return np.asarray(solution.stats["loss"])
 
 
 def failed_lanes(solution: Solution) -> dict[int, str]:

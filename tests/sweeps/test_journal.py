@@ -31,7 +31,7 @@ from bits import Arrays, arrays_of, assert_same_bits
 from jaxmf_opt import DEFAULT_OPTIMIZER, CallbackArgs, Solution, sweep, traced
 from jaxmf_opt._files import read_npz, write_npz
 from jaxmf_opt.sweeps import SweepInterrupted, _batch, _journal, _sweep
-from jaxmf_opt.sweeps._journal import Journal
+from jaxmf_opt.sweeps._journal import Journal, Layout
 from jaxmf_opt.sweeps._meter import Meter
 
 pytestmark = pytest.mark.slow
@@ -164,6 +164,13 @@ class TestSameBits:
         assert contents(tmp_path) == before
 
 
+def begun(directory: Path) -> Journal:
+    """A journal of a sweep, of which there is nothing else. It is closed."""
+    with Journal(directory) as journal:
+        journal.begin({"of": "a"}, Layout(8, 1), {})
+    return journal
+
+
 class TestJournal:
     """The directory by itself."""
 
@@ -172,7 +179,7 @@ class TestJournal:
     ):
         now = 100.0
         monkeypatch.setattr(_journal.time, "monotonic", lambda: now)
-        journal = Journal(tmp_path, {"of": "a"})
+        journal = begun(tmp_path)
         records = {f"0.{i}": {"x": np.full(3, i)} for i in range(4)}
         for i, (name, record) in enumerate(records.items()):
             now += 0.4
@@ -181,12 +188,12 @@ class TestJournal:
         journal.write()
         journal.write()  # there is nothing left
         assert len(numbered(tmp_path)) == 2
-        again = Journal(tmp_path, {"of": "a"})
+        again = begun(tmp_path)
         for name, record in records.items():
-            known = again.record(name)
+            known = again.record(name, dict)
             assert known is not None
             np.testing.assert_equal(known, record)
-        assert again.record("0.4") is None
+        assert again.record("0.4", dict) is None
 
     def test_by_default_once_a_second(self, tmp_path: Path):
         small(tmp_path)  # takes less
@@ -206,7 +213,8 @@ def flip(path: Path, byte: int, bit: int) -> None:
 
 def flip_in_value(path: Path) -> None:
     """In the number that a lane's result is."""
-    value = read_npz(path)[f"{next(iter(read_npz(path))).partition('/')[0]}/0"]
+    (name,) = (key for key in read_npz(path) if key.endswith("/0"))
+    value = read_npz(path)[name]
     assert value.dtype in (np.float32, np.float64)
     flip(path, path.read_bytes().index(value.tobytes()) + value.itemsize, 5)
 
@@ -236,9 +244,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reopened(directory: Path) -> dict[str, Arrays | None]:
     """What a journal knows of the blocks of `template`."""
-    identity = json.loads(str(read_npz(directory / "sweep.npz")["identity"]))
-    journal = Journal(directory, identity)
-    return {name: journal.record(name) for name in ("0.0", "0.1", "0.2", "1.0")}
+    identity, layout, releases = json.loads(
+        str(read_npz(directory / "sweep.npz")["sweep"])
+    )
+    with Journal(directory) as journal:
+        journal.begin(identity, Layout(*layout), releases)
+    return {name: journal.record(name, dict) for name in ("0.0", "0.1", "0.2", "1.0")}
 
 
 @pytest.mark.usefixtures("a_file_for_each_block")
@@ -265,7 +276,7 @@ class TestDamage:
         after = contents(directory)
         written = [name for name, file in after.items() if file != before.get(name)]
         assert len(written) == len(bad)
-        assert not {*before} - {*after} - {path.name for path in bad}
+        assert {name: after[name] for name in before} == before
 
     def test_of_all_files(self, directory: Path):
         files = numbered(directory)
@@ -365,7 +376,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("text", [None, 3.0, "{", "[]", "0"])
     def test_nonsense_in_the_place_of_it(self, text: Any, directory: Path):
-        arrays = {} if text is None else {"identity": np.array(text)}
+        arrays = {} if text is None else {"sweep": np.array(text)}
         write_npz(directory / "sweep.npz", arrays)
         with pytest.raises(ValueError, match=r"`checkpoint_dir` .*is damaged"):
             small(directory)
@@ -505,17 +516,32 @@ class TestOtherSweep:
             small(template)
 
     @pytest.mark.parametrize("package", ["jax", "jaxlib"])
-    def test_of_another_version(
-        self, package: str, template: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("patch", [False, True])
+    def test_of_another_release(
+        self,
+        package: str,
+        patch: bool,
+        template: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ):
+        """A patch release goes on; and is mentioned where something else differs."""
+        directory = shutil.copytree(template, tmp_path / "kept")
         real = _sweep.version
+        release = f"{real(package).rpartition('.')[0]}.99" if patch else "0.0.1"
 
         def version(name: str) -> str:
-            return "0.0.1" if name == package else real(name)
+            return release if name == package else real(name)
 
         monkeypatch.setattr(_sweep, "version", version)
-        with pytest.raises(ValueError, match=rf"another sweep.*: {package} \(there"):
-            small(template)
+        if patch:
+            assert_same_bits(small(directory), small_solution())
+            words = rf"{SHARED}.* {package} {real(package)}.* {package} {release}"
+            with pytest.raises(ValueError, match=words):
+                small(directory, gtol=1.1e-3)
+        else:
+            with pytest.raises(ValueError, match=rf"another sweep.*: {package} \(th"):
+                small(directory)
 
 
 class TestBadDirectory:
