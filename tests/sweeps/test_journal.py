@@ -27,6 +27,7 @@ import numpy as np
 import optax
 import pytest
 from bits import Arrays, arrays_of, assert_same_bits
+from processes import report_of
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, CallbackArgs, Solution, sweep, traced
 from jaxmf_opt._files import read_npz, write_npz
@@ -242,14 +243,20 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def reopened(directory: Path) -> dict[str, Arrays | None]:
-    """What a journal knows of the blocks of `template`."""
+def reopened(directory: Path, least: int = 0) -> dict[str, Arrays | None]:
+    """What a journal knows of the blocks of `template`, of so many arrays at least."""
+
+    def parse(arrays: Any) -> Arrays:
+        if len(arrays) < least:
+            raise ValueError("arrays are missing")
+        return arrays
+
     identity, layout, releases = json.loads(
         str(read_npz(directory / "sweep.npz")["sweep"])
     )
     with Journal(directory) as journal:
         journal.begin(identity, Layout(*layout), releases)
-    return {name: journal.record(name, dict) for name in ("0.0", "0.1", "0.2", "1.0")}
+    return {name: journal.record(name, parse) for name in ("0.0", "0.1", "0.2", "1.0")}
 
 
 @pytest.mark.usefixtures("a_file_for_each_block")
@@ -290,12 +297,12 @@ class TestDamage:
         """If nothing is said of it, it did nothing."""
         draw, want = random.Random(0), reopened(directory)
         path, said = numbered(directory)[1], 0
-        kept = path.read_bytes()
+        kept, least = path.read_bytes(), len(want["0.0"] or ())
         for _ in range(150):
             flip(path, draw.randrange(len(kept)), draw.randrange(8))
             with warnings.catch_warnings(record=True) as record:
                 warnings.simplefilter("always")
-                known = reopened(directory)
+                known = reopened(directory, least)
             path.write_bytes(kept)
             if record:
                 said += 1
@@ -323,6 +330,62 @@ class TestDamage:
                     said += 1
             path.write_bytes(kept)
         assert said > 400
+
+    def test_of_arrays(self, directory: Path):
+        """A record that is whole as a file, and not what a sweep has written."""
+        path = numbered(directory)[1]
+        arrays = read_npz(path)
+        keys = sorted(set(arrays) - {"identity"})
+        draw = random.Random(0)
+        for damage in (
+            *(lambda key: [(key, None)],) * 6,
+            *(lambda key: [(key, arrays[key][..., None])],) * 4,
+            *(lambda key: [(key, arrays[key][:-1])],) * 4,
+            *(lambda key: [(key, arrays[key].astype("S3"))],) * 4,
+            lambda _: [("identity", None)],
+            lambda _: [("identity", np.array("another"))],
+            lambda key: [(f"{key.partition('/')[0]}/lanes", np.arange(WIDTH) + 1)],
+        ):
+            changed = arrays | dict(damage(draw.choice(keys)))
+            write_npz(path, {k: x for k, x in changed.items() if x is not None})
+            before = contents(directory)
+            with pytest.warns(UserWarning, match=path.name):
+                assert_same_bits(small(directory), small_solution())
+            after = contents(directory)
+            assert {name: after[name] for name in before} == before
+            (added,) = {*after} - {*before}
+            (directory / added).unlink()
+
+    def test_of_another_sweep(self, directory: Path, tmp_path: Path):
+        """Which has as many lanes, of the same shapes."""
+        other = tmp_path / "other"
+        small(other, hyperparams=CURVATURES[::-1].copy())
+        path = numbered(directory)[1]
+        shutil.copy(numbered(other)[1], path)
+        with pytest.warns(UserWarning, match=rf"{path.name} .*not belong to this sw"):
+            assert_same_bits(small(directory), small_solution())
+        assert path.read_bytes() == numbered(other)[1].read_bytes()
+
+    def test_in_the_place_of_files(self, directory: Path):
+        """Directories and links to nowhere are named, and stay."""
+        first, second, *_ = numbered(directory)
+        for path in (first, second):
+            path.unlink()
+        first.mkdir()
+        second.symlink_to("nowhere")
+        leftover = directory / ".000009.npz0123abcd"
+        leftover.mkdir()
+        with pytest.warns(UserWarning) as record:
+            assert_same_bits(small(directory), small_solution())
+        assert {first.name, second.name} <= {
+            name
+            for warning in record
+            for name in re.findall(r"\w+\.npz", str(warning.message))
+        }
+        assert first.is_dir()
+        assert leftover.is_dir()
+        assert second.readlink() == Path("nowhere")
+        assert_same_bits(small(directory), small_solution())  # says nothing
 
     def test_files_that_are_missing(self, directory: Path):
         files = numbered(directory)
@@ -582,6 +645,42 @@ class TestBadDirectory:
             small(tmp_path / "new", callback=called.append)
         assert not called
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("a_file_for_each_block")
+class TestElsewhere:
+    """A directory that was begun with other cores or devices."""
+
+    def test_cores(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """The default width depends on them; a directory keeps its own."""
+        monkeypatch.setattr(_sweep, "num_workers", lambda _: 1)
+        want = small(tmp_path, batch_size=None)
+        monkeypatch.setattr(_sweep, "num_workers", lambda _: 8)
+        monkeypatch.setattr(_sweep, "default_width", lambda *_: 3)
+        numbered(tmp_path)[0].unlink()
+        assert_same_bits(small(tmp_path, batch_size=None), want)
+        # As a width, it may also be said.
+        assert_same_bits(small(tmp_path, batch_size=LANES), want)
+        with pytest.raises(ValueError, match=rf"{SIZE} .*there 24, here 8"):
+            small(tmp_path)
+
+    def test_devices(self, tmp_path: Path):
+        """The blocks that are missing are solved, and no others; to the same bits."""
+        report = report_of(__file__, "devices", str(tmp_path), devices=4)
+        assert report == [2, 5, 7, 2]
+
+    def test_processes(self, template: Path, tmp_path: Path):
+        shutil.copytree(template, tmp_path / "0")
+        with pytest.raises(ValueError, match=r"`checkpoint_dir` .*processes \(there"):
+            small(tmp_path)
+
+    def test_two_at_a_time(self, tmp_path: Path):
+        with (
+            Journal(tmp_path),
+            pytest.raises(OSError, match=r"`checkpoint_dir` .*another sweep is at work"),
+        ):
+            small(tmp_path)
+        assert_same_bits(small(tmp_path), small_solution())
 
 
 class TestProgress:
@@ -926,5 +1025,30 @@ class TestInterrupted:
         assert WIDTH - 1 <= lanes.size < FINITE
 
 
+def on_devices(directory: str) -> list[int]:
+    """How many blocks are solved by other devices than those that began a sweep."""
+
+    def mesh(devices: int) -> jax.sharding.Mesh:
+        return jax.make_mesh((devices,), ("lanes",), devices=jax.devices()[:devices])
+
+    solved = []
+    journal = functools.partial(Journal, every=0.0)
+    with mock.patch.object(_sweep, "Journal", journal):
+        for first, then, lost in (1, 4, 2), (4, 1, 5), (4, 3, 7), (2, 4, 2):
+            kept = Path(directory) / f"{first} {then}"
+            want = small(kept, mesh=mesh(first))
+            for path in numbered(kept)[:lost]:
+                path.unlink()
+            left = len(numbered(kept))
+            same_call = WIDTH if WIDTH % then == 0 else None
+            got = small(kept, mesh=mesh(then), batch_size=same_call)
+            assert_same_bits(got, want)
+            solved.append(len(numbered(kept)) - left)
+    return solved
+
+
 if __name__ == "__main__":
-    work(Job(*json.loads(sys.argv[1])))
+    if "devices" in sys.argv:
+        print(json.dumps(on_devices(sys.argv[-1])))
+    else:
+        work(Job(*json.loads(sys.argv[1])))
