@@ -1,5 +1,6 @@
 """The answer of a solve."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -8,6 +9,8 @@ import numpy as np
 import optimistix as optx
 from jax.core import Tracer
 from optimistix import RESULTS
+
+from ._pickling import reduced
 
 # How a solve can end, and what to say of it where that is to be raised.
 FAILURES = {
@@ -39,6 +42,11 @@ class Solution(optx.Solution[Any, Any]):
     """
 
     loss: Any = None
+
+    def __reduce__(self) -> tuple[Any, Any]:
+        """All arrays as they are, also in a float32 program."""
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return reduced(type(self), fields)
 
     def __repr__(self) -> str:
         """Numbers where there are some, else types."""

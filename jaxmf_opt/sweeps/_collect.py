@@ -34,6 +34,10 @@ class SweepInterrupted(KeyboardInterrupt):
         self.lanes = lanes
         self.solution = solution
 
+    def __reduce__(self) -> tuple[Any, Any]:
+        """From what it was made of, in another process."""
+        return type(self), (self.lanes, self.solution)
+
 
 def solve_lanes(
     crew: Crew,
