@@ -32,7 +32,7 @@ from processes import report_of
 from jaxmf_opt import DEFAULT_OPTIMIZER, CallbackArgs, Solution, sweep, traced
 from jaxmf_opt._files import read_npz, write_npz
 from jaxmf_opt.sweeps import SweepInterrupted, _batch, _journal, _sweep
-from jaxmf_opt.sweeps._journal import Journal, Layout
+from jaxmf_opt.sweeps._journal import Journal, Layout, remove_records
 from jaxmf_opt.sweeps._meter import Meter
 
 pytestmark = pytest.mark.slow
@@ -99,6 +99,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "random keys": {"optimizer": noisy},
     "a callback that stops": {"callback": traced(lambda info: info.loss < 0.5)},
     "one batch": {"batch_size": LANES},
+    "few bits": {
+        "loss_fn": lambda y, c: valley(y, c.astype(y.dtype)),
+        "params": jnp.asarray(START, jnp.float8_e5m2),
+        "hyperparams": CURVATURES.astype(jnp.bfloat16),
+        "optimizer": optax.adam(0.01, mu_dtype=jnp.bfloat16),
+    },
 }
 
 
@@ -386,6 +392,21 @@ class TestDamage:
         assert leftover.is_dir()
         assert second.readlink() == Path("nowhere")
         assert_same_bits(small(directory), small_solution())  # says nothing
+
+    def test_removed(self, directory: Path, tmp_path: Path):
+        """All that the sweep has written, and nothing else."""
+        small(tmp_path / "other", hyperparams=CURVATURES[::-1].copy())
+        shutil.copy(numbered(tmp_path / "other")[0], directory / "000099.npz")
+        (directory / "000100.npz").write_bytes(b"")
+        (directory / "notes").touch()
+        with Journal(directory):
+            remove_records(directory)  # while a sweep is at work
+        assert (directory / "sweep.npz").exists()
+        remove_records(directory)
+        names = {path.name for path in directory.iterdir()}
+        assert names == {"000099.npz", "000100.npz", "notes"}
+        remove_records(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
     def test_files_that_are_missing(self, directory: Path):
         files = numbered(directory)
