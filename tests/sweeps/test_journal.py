@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import pytest
 from bits import Arrays, arrays_of, assert_same_bits
-from processes import report_of
+from processes import environment, report_of
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, CallbackArgs, Solution, sweep, traced
 from jaxmf_opt._files import read_npz, write_npz
@@ -899,7 +899,7 @@ class Process:
             self.popen = subprocess.Popen(
                 [sys.executable, "-W", "error", __file__, json.dumps(job)],
                 stderr=err,
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
+                env=environment(),
             )
         self._timer = threading.Timer(120, self.popen.kill)
         self._timer.start()
