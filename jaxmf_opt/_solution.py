@@ -38,7 +38,7 @@ class Solution(optx.Solution[Any, Any]):
       aux: None.
       stats: Numbers about the run.
       state: A `SolverState`, to go on from.
-      loss: The loss at `value` in float64, if it is the solution of a sweep; else None.
+      loss: The loss at `value`, float64 also where `stats` has it in float32.
     """
 
     loss: Any = None

@@ -99,12 +99,7 @@ class LaneSetting(NamedTuple):
             self.watched,
             Pause(steps, keep, AXIS),
         )
-        solution = eqx.tree_at(
-            lambda s: (s.state, s.loss),
-            solution,
-            (None, end.minimiser.last_finite.loss),
-            is_leaf=lambda x: x is None,
-        )
+        solution = eqx.tree_at(lambda s: s.state, solution, None)
         return solution, end, running & is_real
 
     def value_and_grad(

@@ -41,22 +41,14 @@ def best_lane(solution: Solution) -> int:
       >>> best_lane(sweep(loss, jnp.zeros(2), rates, optimizer=optax.sgd, gtol=1e-6))
       1
     """
-    losses = _losses(lanes_of_solution(solution))
+    of = lanes_of_solution(solution)
+    losses = np.asarray(of.stats["loss"] if of.loss is None else of.loss)
     if not np.isfinite(losses).any():
         raise ValueError(
             f"`solution` must have a lane whose loss is finite, got {losses.size} "
             "lanes without one."
         )
     return int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
-
-
-def _losses(solution: Solution) -> np.ndarray:
-    """The losses of the lanes, in float64 if the solution has them."""
-    if solution.loss is not None:  # of a sweep
-        return np.asarray(solution.loss)
-    if solution.state is not None:  # of a `jax.vmap` of `solve`
-        return np.asarray(solution.state.minimiser.last_finite.loss)
-    return np.asarray(solution.stats["loss"])
 
 
 def failed_lanes(solution: Solution) -> dict[int, str]:
