@@ -64,12 +64,16 @@ def test_every_dtype(tmp_path: Path):
 def counting(dtype: str) -> optax.GradientTransformation:
     """Steps that grow, by a number in the state."""
 
-    def update(updates: Any, count: jax.Array, params: Any = None) -> Any:
+    def init(params: Any) -> Any:
         del params
-        rate = 0.01 * count.astype(updates.dtype)
-        return -rate * updates, (count.astype(float) + 1).astype(dtype)
+        return jnp.ones((), dtype)
 
-    return optax.GradientTransformation(lambda _: jnp.ones((), dtype), update)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        rate = 0.01 * state.astype(updates.dtype)
+        return -rate * updates, (state.astype(float) + 1).astype(dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e5m2", "float8_e4m3fn", "int4"])
