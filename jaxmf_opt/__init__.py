@@ -5,6 +5,7 @@ whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
 """
 
 from . import callbacks as callbacks
+from . import losses as losses
 from . import robust as robust
 from . import sweeps as sweeps
 from ._callback import CallbackArgs as CallbackArgs

@@ -1,9 +1,12 @@
 """`python -m jaxmf_opt`: optimize DP-MF mechanisms for a grid of training set-ups."""
 
 import argparse
+import contextlib
+import hashlib
 import itertools
-import shutil
+import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,8 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from ._files import write_npz
+from ._files import locked, write_npz
 from ._job import FAMILIES, Outcome, SetUp, run
+from .sweeps._journal import remove_records
 
 _DESCRIPTION = """\
 Optimize the correlated noise of training with differential privacy.
@@ -93,34 +97,67 @@ def main(argv: Sequence[str] | None = None) -> None:
         "max_error": args.error == "max",
         "progress": sys.stderr.isatty() and find_spec("tqdm") is not None,
     }
-    finished = args.out / "finished"
-    if not args.resume:
-        shutil.rmtree(finished, ignore_errors=True)
-    lines: list[Line] = []
-    with jax.enable_x64():
-        for name in dict.fromkeys(args.family):
-            try:
-                lines += _lines(name, _setups(args, name), finished / name, **options)
-            except KeyboardInterrupt:
-                parser.exit(130, f"\n{parser.prog}: --resume goes on from here\n")
-            except (ValueError, OSError) as e:
-                if "`checkpoint_dir`" not in str(e):
-                    raise
-                option = "--resume" if isinstance(e, ValueError) else "--out"
-                parser.error(f"argument {option}: {e}")
-    order = {t: i for i, t in enumerate(_trainings(args))}
-    lines.sort(key=lambda line: order[line.training])  # and by family as before
+    unfinished = args.out / "jaxmf_opt-unfinished" / _digest(args)
+    with contextlib.ExitStack() as stack:
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(unfinished))
+        except BlockingIOError:
+            parser.error(f"argument --out: the same job is at work in {args.out}")
+        except OSError as e:
+            parser.error(f"argument --out: cannot write {unfinished}: {e.strerror}")
+        try:
+            with jax.enable_x64():
+                lines = [
+                    line
+                    for name in dict.fromkeys(args.family)
+                    for line in _lines(
+                        name, _setups(args, name), unfinished / name, **options
+                    )
+                ]
+            order = {t: i for i, t in enumerate(_trainings(args))}
+            lines.sort(key=lambda line: order[line.training])  # and by family as before
+            _write(lines, args.out)
+        except KeyboardInterrupt:
+            parser.exit(130, f"\n{parser.prog}: the same command goes on from here\n")
+        except (ValueError, OSError) as e:
+            if "`checkpoint_dir`" not in str(e):
+                raise
+            parser.error(f"argument --out: {e}")
+        _remove(unfinished)
+
+
+def _digest(args: argparse.Namespace) -> str:
+    """Tells apart jobs that share a directory."""
+    options = {name: x for name, x in vars(args).items() if name != "out"}
+    text = json.dumps(options, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write(lines: Sequence[Line], directory: Path) -> None:
+    """Shows the results, and writes them."""
     print(table(lines))
     print(_COLUMNS)
-    write_npz(args.out / "strategies.npz", arrays(lines))
-    print(f"wrote {args.out / 'strategies.npz'}")
+    write_npz(directory / "strategies.npz", arrays(lines))
+    print(f"wrote {directory / 'strategies.npz'}")
     try:
         from ._plot import plot_mechanisms
     except ModuleNotFoundError:
         print("no picture without matplotlib: pip install 'jaxmf_opt[plot]'")
         return
-    plot_mechanisms(lines, args.out / "strategies.png")
-    print(f"wrote {args.out / 'strategies.png'}")
+    plot_mechanisms(lines, directory / "strategies.png")
+    print(f"wrote {directory / 'strategies.png'}")
+
+
+def _remove(unfinished: Path) -> None:
+    """Removes what the sweeps of a job have kept, and directories that are empty."""
+    sweeps = [path.parent for path in unfinished.glob("*/*/sweep.npz")]
+    for directory in sweeps:
+        remove_records(directory)
+    families = {directory.parent for directory in sweeps}
+    for directory in (*families, unfinished, unfinished.parent):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,13 +256,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("out"),
         metavar="DIR",
-        help="directory for strategies.npz, strategies.png and what is finished of a "
-        "run (default: out)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with a run of the same arguments that was killed or interrupted",
+        help="directory for strategies.npz and strategies.png, and, until they are "
+        "written, for what is finished: the same command goes on with a run that was "
+        "killed or interrupted (default: out)",
     )
     return parser
 
@@ -260,8 +293,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
         for file in (args.out / "strategies.npz", args.out / "strategies.png"):
-            if file.exists() or file.suffix == ".npz":
+            if file.exists():
                 file.open("ab").close()
     except OSError as e:
         parser.error(f"argument --out: cannot write into {args.out}: {e.strerror}")

@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import operator
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+
+from ._pickling import reduced
 
 
 class Lane:
@@ -92,6 +96,11 @@ class CallbackArgs:
         names = [field.name for field in dataclasses.fields(self)]
         return [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names], None
 
+    def __reduce__(self) -> tuple[Any, Any]:
+        """The fields; what belongs to a solve stays with it."""
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return reduced(_callback_args, fields)
+
     @classmethod
     def tree_unflatten(cls, _: None, children: Iterable[Any]) -> "CallbackArgs":
         """From fields of any type: those of a pytree may be shapes or tracers."""
@@ -106,6 +115,10 @@ class CallbackArgs:
         """Returns this, with its lane and with what makes the whole state set."""
         self._lane, self._solver_state = lane, (make_state, args)
         return self
+
+
+def _callback_args(*fields: Any) -> CallbackArgs:
+    return CallbackArgs.tree_unflatten(None, fields)
 
 
 CallbackFnType: TypeAlias = Callable[[CallbackArgs], bool | None]
@@ -155,6 +168,16 @@ class traced:  # noqa: N801, a decorator
     def __call__(self, info: CallbackArgs) -> Any:
         """Calls `fn`, as it is."""
         return self.fn(info)
+
+    def __reduce__(self) -> str | tuple[Any, Any]:
+        """By its name if it has taken the place of a module's function."""
+        name = getattr(self.fn, "__qualname__", "")
+        module = sys.modules.get(getattr(self.fn, "__module__", ""))
+        try:
+            is_global = operator.attrgetter(name)(module) is self
+        except AttributeError:
+            is_global = False
+        return name if is_global else (traced, (self.fn,))
 
 
 class combine:  # noqa: N801, reads as a function

@@ -21,6 +21,11 @@ def as_numpy(x: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if is_key(x) else x)
 
 
+def data_struct(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of what `as_numpy` makes of an array."""
+    return jax.eval_shape(jax.random.key_data, struct) if is_key(struct) else struct
+
+
 def on_host(x: Any) -> Any:
     """A NumPy array; random keys stay what they are."""
     return x if is_key(x) else np.asarray(x)

@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.signal
 
+from ._files import replacing
+
 _STYLES = {
     "banded-toeplitz": "o-",
     "banded-inverse-toeplitz": "s--",
@@ -59,7 +61,8 @@ def plot_mechanisms(lines: Sequence[Any], path: Path) -> None:
     coefs.set_xlabel("step")
     coefs.set_ylabel("strategy coefficient / first")
     coefs.set_title("The strategies of the smallest errors")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
 
 

@@ -292,9 +292,7 @@ class Recipe:
         }
         stats |= jax.tree.map(self._in_range, floats)
         end = SolverState(end.params, state.with_history(None))
-        return Solution(
-            value=last.params, result=result, aux=None, stats=stats, state=end
-        )
+        return Solution(last.params, result, None, stats, end, last.loss)
 
     def _in_range(self, x: Array) -> Array:
         """In the caller's dtype; a finite number stays one."""

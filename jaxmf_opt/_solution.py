@@ -1,5 +1,6 @@
 """The answer of a solve."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -8,6 +9,8 @@ import numpy as np
 import optimistix as optx
 from jax.core import Tracer
 from optimistix import RESULTS
+
+from ._pickling import reduced
 
 # How a solve can end, and what to say of it where that is to be raised.
 FAILURES = {
@@ -35,7 +38,15 @@ class Solution(optx.Solution[Any, Any]):
       aux: None.
       stats: Numbers about the run.
       state: A `SolverState`, to go on from.
+      loss: The loss at `value`, float64 also where `stats` has it in float32.
     """
+
+    loss: Any = None
+
+    def __reduce__(self) -> tuple[Any, Any]:
+        """All arrays as they are, also in a float32 program."""
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return reduced(type(self), fields)
 
     def __repr__(self) -> str:
         """Numbers where there are some, else types."""

@@ -1,12 +1,13 @@
 """The explicit state of a solve: pytrees whose leaves are all arrays."""
 
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import Aux, Y
+from ._pickling import reduced
 
 
 class Evaluations(NamedTuple):
@@ -124,3 +125,7 @@ class SolverState(NamedTuple):
 
     params: PyTree
     minimiser: MinimiserState
+
+    def __reduce__(self) -> tuple[Any, Any]:
+        """All arrays as they are, also in a float32 program."""
+        return reduced(type(self), self)

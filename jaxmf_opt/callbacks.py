@@ -3,6 +3,9 @@
 `small_gradient` is compiled into the solve. The others run in Python: between the steps
 of an eager solve; called from the compiled loop inside `jax.jit`, `jax.vmap` and the
 like, where they keep apart what they know of each lane.
+
+All of them can be pickled, for other processes. What they know of the lanes of solves
+that are running stays behind.
 """
 
 import itertools
@@ -11,7 +14,7 @@ import os
 import time
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ from ._callback import CallbackArgs, Lane, traced
 from ._checks import check_path, check_positive, check_tolerance
 from ._files import read_npz, write_npz
 from ._keys import as_numpy
+from ._pickling import reduced
 
 
 def small_gradient(gtol: float | Float[Array, ""]) -> traced:
@@ -48,12 +52,29 @@ def small_gradient(gtol: float | Float[Array, ""]) -> traced:
       Array(True, dtype=bool)
     """
     check_tolerance("gtol", gtol)
+    return traced(_SmallGradient(gtol))
 
-    def small(info: CallbackArgs) -> Bool[Array, ""]:
+
+class _SmallGradient:
+    def __init__(self, gtol: float | Float[Array, ""]):
+        self._gtol = gtol
+
+    def __call__(self, info: CallbackArgs) -> Bool[Array, ""]:
         norm = optx.max_norm(info.grad)
-        return norm <= jnp.asarray(gtol, norm.dtype)
+        return norm <= jnp.asarray(self._gtol, norm.dtype)
 
-    return traced(small)
+    def __reduce__(self) -> tuple[Any, Any]:
+        return reduced(type(self), [self._gtol])
+
+
+_T = TypeVar("_T")
+
+
+class _ByLane(weakref.WeakKeyDictionary[Lane, _T]):
+    """What a callback keeps of each solve. A pickled one has none of the solves."""
+
+    def __reduce__(self) -> tuple[Any, Any]:
+        return type(self), ()
 
 
 class NoProgress:
@@ -80,8 +101,7 @@ class NoProgress:
         if rtol == math.inf:
             raise ValueError(f"`rtol` must be finite, got {rtol}.")
         self._steps, self._rtol = steps, rtol
-        self._best: weakref.WeakKeyDictionary[Lane, tuple[float, int]]
-        self._best = weakref.WeakKeyDictionary()
+        self._best = _ByLane[tuple[float, int]]()
 
     def __call__(self, info: CallbackArgs) -> bool:
         """Whether to stop."""
@@ -111,8 +131,7 @@ class TimeLimit:
         """
         check_positive("seconds", seconds)
         self._seconds = seconds
-        self._started: weakref.WeakKeyDictionary[Lane, float]
-        self._started = weakref.WeakKeyDictionary()
+        self._started = _ByLane[float]()
 
     def __call__(self, info: CallbackArgs) -> bool:
         """Whether to stop."""
@@ -149,16 +168,26 @@ class Progress:
         """
         if total is not None:
             check_positive("total", total, whole=True)
+        self._options = {"total": total, "unit": "step", **options}
+        self._bar = self._empty_bar()
+
+    def _empty_bar(self) -> Any:
         try:
             from tqdm import tqdm
         except ModuleNotFoundError as e:
             raise ModuleNotFoundError(
                 "Progress needs tqdm: pip install 'jaxmf_opt[progress]'"
             ) from e
-        self._bar = tqdm(total=total, unit="step", **options)
+        return tqdm(**self._options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the bar: in another process it shows one from its first step on."""
+        return self.__dict__ | {"_bar": None}
 
     def __call__(self, info: CallbackArgs) -> None:
         """Shows a step."""
+        if self._bar is None:
+            self._bar = self._empty_bar()
         self._bar.set_postfix_str(
             f"loss {float(info.loss):.6g}, gradient {_max_norm(info.grad):.1e}",
             refresh=False,
@@ -167,7 +196,8 @@ class Progress:
 
     def close(self) -> None:
         """Leaves the bar as it is, and ends its line."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def __enter__(self) -> "Progress":
         return self
@@ -217,8 +247,7 @@ class Recorder:
         """Starts the clock."""
         self._started = time.monotonic()
         self._rows: list[tuple[tuple[int, ...], list[tuple[float, ...]]]] = []
-        self._of_lane: weakref.WeakKeyDictionary[Lane, list[tuple[float, ...]]]
-        self._of_lane = weakref.WeakKeyDictionary()
+        self._of_lane = _ByLane[list[tuple[float, ...]]]()
 
     def __call__(self, info: CallbackArgs) -> None:
         """Adds a step."""
@@ -228,6 +257,15 @@ class Recorder:
             self._rows.append((info.lane.index, rows))
         seconds = time.monotonic() - self._started
         rows.append((info.step, float(info.loss), _max_norm(info.grad), seconds))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the time since the start: each process has a clock of its own."""
+        return self.__dict__ | {"_started": self._started - time.monotonic()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Starts the clock as long ago as it was."""
+        self.__dict__ |= state
+        self._started += time.monotonic()
 
     @property
     def records(self) -> list[Record]:
@@ -268,8 +306,7 @@ class Checkpoint:
         check_path("path", path)
         check_positive("every", every, whole=True)
         self.path, self._every = Path(path), every
-        self._lanes: weakref.WeakKeyDictionary[Lane, bool]  # whether it is the latest
-        self._lanes = weakref.WeakKeyDictionary()
+        self._lanes = _ByLane[bool]()  # whether it is the latest
 
     def __call__(self, info: CallbackArgs) -> None:
         """Writes the state, in a way that leaves the old file or the new one whole."""

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 from jaxmf_opt import _plot
 from jaxmf_opt.__main__ import Line, arrays, main, table
+from jaxmf_opt._files import locked
 from jaxmf_opt._job import Outcome, SetUp
 
 pytestmark = [pytest.mark.mixes, pytest.mark.slow]  # upstream's code; whole jobs
@@ -743,50 +744,130 @@ class TestBadArguments:
 
 
 RESUMED = ("--steps", 8, 12, "--momentum", 0.5, "--bands", 1, 3)
+UNFINISHED = "jaxmf_opt-unfinished"
 
 
-class TestResume:
-    def test_nothing_is_solved_again(
+def _files(directory: Path) -> dict[Path, bytes]:
+    """What is in the files below a directory."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def _interrupt(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> str:
+    """Ctrl-C once all is solved, and before anything is written; what is said."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr("jaxmf_opt.__main__._write", stop)
+        main([*map(str, arguments), "--out", str(directory)])
+    assert exit_.value.code == 130
+    (job,) = (directory / UNFINISHED).iterdir()
+    return job.name
+
+
+class TestUnfinished:
+    def test_leaves_what_is_not_its_own(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
-        first = run(capsys, tmp_path, RESUMED)
-        kept = sorted((tmp_path / "finished").rglob("*.npz"))
-        written = [file.stat().st_mtime_ns for file in kept]
-        assert [file.name for file in kept] == ["000000.npz", "sweep.npz"]
-        again = run(capsys, tmp_path, ("--resume", *RESUMED))
-        assert sorted((tmp_path / "finished").rglob("*.npz")) == kept
-        assert [file.stat().st_mtime_ns for file in kept] == written
-        _same_arrays(first, again)
+        """Whatever there is beside the results, finished or not."""
+        for name in ("finished/of a user", f"{UNFINISHED}/notes", "a/b/sweep.npz"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("mine")
+        before = _files(tmp_path)
+        job = run(capsys, tmp_path, RESUMED)
+        after = _files(tmp_path)
+        results = [tmp_path / f"strategies.{kind}" for kind in ("npz", "png")]
+        assert {path: after.pop(path)[:2] for path in results} == {
+            results[0]: b"PK",
+            results[1]: PNG[:2],
+        }
+        assert after == before
+        assert [path.name for path in (tmp_path / UNFINISHED).iterdir()] == ["notes"]
+        assert job.err == ""
 
-    def test_without_it_all_begins_anew(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        run(capsys, tmp_path, RESUMED)
-        old = tmp_path / "finished" / "of another run"
-        old.write_text("")
-        run(capsys, tmp_path, RESUMED)
-        assert not old.exists()
+    def test_nothing_is_left(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        umask = os.umask(0o027)
+        try:
+            run(capsys, tmp_path / "out", RESUMED)
+        finally:
+            os.umask(umask)
+        results = sorted((tmp_path / "out").iterdir())
+        assert [path.name for path in results] == ["strategies.npz", "strategies.png"]
+        assert {oct(path.stat().st_mode & 0o777) for path in results} == {"0o640"}
 
-    def test_another_run_is_refused(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    def test_goes_on_by_itself(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ):
-        run(capsys, tmp_path, RESUMED)
-        with pytest.raises(SystemExit) as exit_:
-            arguments = ("--resume", *RESUMED, 2, "--out", tmp_path)
-            main([*map(str, arguments)])
-        _, err = capsys.readouterr()
-        assert exit_.value.code == 2
-        assert "--resume" in err
-        assert "belongs to another sweep" in err
+        """And lets no other job do so, nor take it away."""
+        whole = run(capsys, tmp_path / "whole", RESUMED)
+        out = tmp_path / "out"
+        _interrupt(out, monkeypatch, *RESUMED)
+        assert "the same command goes on" in capsys.readouterr().err
+        kept = _files(out)
+        names = [path.name for path in kept]
+        assert sorted(names) == ["000000.npz", "sweep.npz"]
+        other = run(capsys, out, (*RESUMED, "--max-optimizer-steps", 1))
+        assert other.arrays["optimizer_steps"].max() == 1
+        assert kept.items() <= _files(out).items()
 
-    def test_what_is_finished_cannot_be_written(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        def none_is_solved(*_: Any) -> Any:
+            raise AssertionError("a batch is solved again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("jaxmf_opt.sweeps._crew.Crew._solve", none_is_solved)
+            _same_arrays(whole, run(capsys, out, RESUMED))
+        assert not (out / UNFINISHED).exists()
+
+    def test_two_at_a_time(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ):
-        (tmp_path / "finished").write_text("in the way")
-        with pytest.raises(SystemExit) as exit_:
-            main([*map(str, RESUMED), "--resume", "--out", str(tmp_path)])
+        """The second of two that are the same is refused."""
+        _interrupt(tmp_path, monkeypatch, *RESUMED)
+        capsys.readouterr()
+        (unfinished,) = (tmp_path / UNFINISHED).iterdir()
+        with locked(unfinished), pytest.raises(SystemExit) as exit_:
+            main([*map(str, RESUMED), "--out", str(tmp_path)])
         out, err = capsys.readouterr()
-        check_refusal(exit_.value.code, out, err, "--out", str(tmp_path / "finished"))
+        check_refusal(exit_.value.code, out, err, "--out", "same job", str(tmp_path))
+
+    def test_damaged(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        _interrupt(tmp_path, monkeypatch, *RESUMED)
+        capsys.readouterr()
+        (path,) = tmp_path.rglob("sweep.npz")
+        path.write_bytes(b"")
+        with pytest.raises(SystemExit) as exit_:
+            main([*map(str, RESUMED), "--out", str(tmp_path)])
+        out, err = capsys.readouterr()
+        check_refusal(exit_.value.code, out, err, "--out", str(path.parent), "damaged")
+
+    @pytest.mark.parametrize("name", [UNFINISHED, f"{UNFINISHED}/job"])
+    def test_cannot_be_written(
+        self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jaxmf_opt.__main__._digest", lambda _: "job")
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("in the way")
+            with pytest.raises(SystemExit) as exit_:
+                main([*map(str, RESUMED), "--out", str(tmp_path)])
+        out, err = capsys.readouterr()
+        check_refusal(exit_.value.code, out, err, "--out", str(tmp_path / name))
+        assert (tmp_path / name).read_text() == "in the way"
+        assert not (tmp_path / "strategies.npz").exists()
 
     def test_killed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         """A run that is killed between two families goes on with the second."""
@@ -798,28 +879,16 @@ class TestResume:
             stdout=subprocess.DEVNULL,
             env=_ENVIRONMENT,
         )
-        first = out / "finished" / "banded-toeplitz" / "0" / "000000.npz"
         limit = time.monotonic() + 60
-        while not first.exists() and time.monotonic() < limit:
+        while time.monotonic() < limit and not any(out.rglob("000000.npz")):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        _same_arrays(whole, run(capsys, out, ("--resume", *arguments)))
-
-    def test_interrupted(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        def stop(*_: object, **__: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr("jaxmf_opt.__main__.run", stop)
-        with pytest.raises(SystemExit) as exit_:
-            main([*map(str, RESUMED), "--out", str(tmp_path)])
-        assert exit_.value.code == 130
-        assert "--resume" in capsys.readouterr().err
+        assert not (out / "strategies.npz").exists()
+        (first,) = out.rglob("000000.npz")
+        assert first.parent.parent.name == "banded-toeplitz"
+        _same_arrays(whole, run(capsys, out, arguments))
+        assert not (out / UNFINISHED).exists()
 
 
 def _same_arrays(one: Job, other: Job) -> None:
@@ -838,7 +907,7 @@ def test_help(capsys: pytest.CaptureFixture[str]):
     options = (
         "family steps epochs momentum bands buffers error max-optimizer-steps rtol"
     )
-    for word in (*options.split(), "out", "resume"):
+    for word in (*options.split(), "out"):
         assert f"\n  --{word} " in out
     for family in FAMILIES:
         assert f"\n  {family} " in out

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.fft
 from jaxtyping import Array, Bool, Float
 
 # Up to here blocks are about as fast as transforms, and more accurate where elements
@@ -203,7 +202,9 @@ def _multiply_by_fft(coef: Array, x: Array) -> Array:
 
 def _cyclic(x: Array, y: Array, length: int) -> Array:
     """The cyclic convolution of a length that is at least the one given."""
-    length = int(scipy.fft.next_fast_len(length, real=True) or length)
+    from scipy.fft import next_fast_len  # which takes long to import
+
+    length = int(next_fast_len(length, real=True) or length)
     return jnp.fft.irfft(jnp.fft.rfft(x, length) * jnp.fft.rfft(y, length), length)
 
 

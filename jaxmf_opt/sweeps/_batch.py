@@ -119,7 +119,14 @@ def _sharding(mesh: Mesh, spec: P) -> Sharding:
 def _compile(
     structure: Structure, is_mapped: tuple[bool, ...], mesh: Mesh
 ) -> tuple[Callable[..., list[Any]], str]:
-    """The compiled program, and a digest of its text."""
+    """The compiled program, and a digest of the text of its part for one device."""
+    lowered = part = _lower(structure, is_mapped, mesh)
+    if mesh.size > 1:
+        part = _lower(structure, is_mapped, local_mesh([mesh.devices.flat[0]]))
+    return lowered.compile(), digest_of(part.as_text())
+
+
+def _lower(structure: Structure, is_mapped: tuple[bool, ...], mesh: Mesh) -> Any:
     fn = jex.jaxpr_as_fun(structure.jaxpr)
     specs = tuple(P(_DEVICES) if m else P() for m in is_mapped)
     if mesh.size > 1:
@@ -134,5 +141,4 @@ def _compile(
         )
         for a, m, spec in zip(structure.jaxpr.in_avals, is_mapped, specs, strict=True)
     ]
-    lowered = jax.jit(fn).lower(*structs)
-    return lowered.compile(), digest_of(lowered.as_text())
+    return jax.jit(fn).lower(*structs)

@@ -1,6 +1,7 @@
 """Brings the lanes of a sweep to their ends, and keeps what comes out of each."""
 
 import contextlib
+import functools
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from .._keys import as_key
+from .._keys import as_key, data_struct
 from .._solution import Solution
 from .._state import SolverState
 from ._crew import Crew, Outcome
-from ._journal import Journal
+from ._journal import Journal, Layout
 from ._meter import Meter
-from ._schedule import Block, blocks
+from ._schedule import Block, blocks, merge, split
 from ._width import narrower_widths
 
 
@@ -33,11 +34,15 @@ class SweepInterrupted(KeyboardInterrupt):
         self.lanes = lanes
         self.solution = solution
 
+    def __reduce__(self) -> tuple[Any, Any]:
+        """From what it was made of, in another process."""
+        return type(self), (self.lanes, self.solution)
+
 
 def solve_lanes(
     crew: Crew,
     count: int,
-    width: int,
+    layout: Layout,
     journal: Journal | None,
     meter: Meter,
     keep_states: bool,
@@ -47,7 +52,7 @@ def solve_lanes(
     Args:
       crew: Who solves them.
       count: How many there are.
-      width: The width of a batch.
+      layout: How they are put into batches.
       journal: Where to keep what comes out, and where some of it may be already.
       meter: To be told of it.
       keep_states: Whether the solution has the states.
@@ -59,11 +64,12 @@ def solve_lanes(
       SweepInterrupted: If the user interrupts it.
     """
     table = _Table(count, keep_states)
-    widths = narrower_widths(width, crew.mesh.size)
+    widths = narrower_widths(*layout)
     remaining, states, generation = np.arange(count), None, 0
     try:
         while remaining.size:
-            plan = list(blocks(generation, remaining, widths, crew.mesh.size))
+            whole = blocks(generation, remaining, widths, layout.devices)
+            plan = list(split(whole, layout.devices))
             left: dict[str, tuple[Any, SolverState]] = {}
             each = _outcomes(plan, states, crew, journal, keep_states)
             with contextlib.closing(each):  # so that an exception here ends it
@@ -77,6 +83,7 @@ def solve_lanes(
     except KeyboardInterrupt:
         lanes, solution = table.ended()
         if solution is not None:
+            width = layout.width // layout.devices * crew.mesh.size
             solution = as_arrays(solution, crew.structs(width)[1])
         raise SweepInterrupted(crew.numbers[lanes], solution) from None
     finally:
@@ -110,16 +117,27 @@ def _outcomes(
     """What comes out of the blocks of a generation: what is known of them first."""
     todo = []
     for block in plan:
-        arrays = None if journal is None else journal.record(block.name)
-        if arrays is None:
+        known = None
+        if journal is not None:
+            structs = crew.structs(block.width * crew.mesh.size)
+            parse = functools.partial(_from_record, block.lanes, structs)
+            known = journal.record(block.name, parse)
+        if known is None:
             todo.append(block)
         else:
-            yield block, _from_record(arrays, crew.structs(block.width))
-    with contextlib.closing(crew.run(todo, states)) as outcomes:
-        for block, outcome in outcomes:
-            if journal is not None:
-                journal.add(block.name, _to_record(outcome, keep_states))
-            yield block, outcome
+            yield block, known
+    merged = list(merge(todo, crew.mesh.size))
+    parts_of = {together.name: parts for together, parts in merged}
+    running = crew.run([together for together, _ in merged], states)
+    with contextlib.closing(running) as outcomes:
+        for together, outcome in outcomes:
+            first = 0
+            for block in parts_of[together.name]:
+                rows = slice(first, first := first + block.lanes.size)
+                part = jax.tree.map(lambda x, rows=rows: x[rows], outcome)
+                if journal is not None:
+                    journal.add(block.name, _to_record(block, part, keep_states))
+                yield block, part
 
 
 class _Table:
@@ -158,26 +176,54 @@ class _Table:
         return np.flatnonzero(self._has_ended), jax.tree.map(rows, self.whole)
 
 
-def _to_record(outcome: Outcome, keep_states: bool) -> dict[str, np.ndarray]:
+def _to_record(
+    block: Block, outcome: Outcome, keep_states: bool
+) -> dict[str, np.ndarray]:
     solution, state, running = outcome
     rows = np.ones_like(running) if keep_states else running
     leaves = jax.tree.leaves((solution, jax.tree.map(lambda x: x[rows], state)))
-    return {"running": running} | {str(i): x for i, x in enumerate(leaves)}
+    named = {str(i): x for i, x in enumerate(leaves)}
+    return {"lanes": block.lanes, "running": running, **named}
 
 
-def _from_record(arrays: Mapping[str, np.ndarray], like: PyTree) -> Outcome:
-    """An outcome of its record; rows of states that were not kept are 0."""
-    running = arrays["running"]
+def _from_record(
+    lanes: Int[np.ndarray, " lanes"], like: PyTree, arrays: Mapping[str, np.ndarray]
+) -> Outcome:
+    """An outcome of its record; rows of states that were not kept are 0.
 
-    def filled(i: int, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        x = arrays[str(i)]
-        if len(x) == len(running):
-            return x
-        every = np.zeros((len(running), *x.shape[1:]), x.dtype)
-        every[running] = x
-        return every
+    Args:
+      lanes: The lanes that it has to be of.
+      like: The `jax.ShapeDtypeStruct`s of a lane.
+      arrays: The record.
+
+    Raises:
+      ValueError: If it is of other lanes, or arrays are missing or of other shapes.
+    """
+
+    def array(name: str, dtype: Any, shape: tuple[int, ...], *counts: int) -> Any:
+        x = arrays.get(name)
+        if x is None:
+            raise ValueError(f"it has no array {name!r}")
+        if x.dtype != dtype or x.shape not in [(n, *shape) for n in counts]:
+            raise ValueError(f"its array {name!r} is {x.dtype}{list(x.shape)}")
+        return x
+
+    count = lanes.size
+    if not np.array_equal(array("lanes", lanes.dtype, (), count), lanes):
+        raise ValueError("it is of other lanes")
+    running = array("running", bool, (), count)
 
     leaves, treedef = jax.tree.flatten(like)
-    rows = [filled(i, x) for i, x in enumerate(leaves)]
+    num_solution = len(jax.tree.leaves(like[0]))
+    rows = []
+    for i, struct in enumerate(map(data_struct, leaves)):
+        # Of lanes that have ended there need not be a state.
+        counts = (count,) if i < num_solution else (count, int(running.sum()))
+        x = array(str(i), struct.dtype, struct.shape, *counts)
+        if len(x) < count:
+            every = np.zeros((count, *struct.shape), x.dtype)
+            every[running] = x
+            x = every
+        rows.append(x)
     solution, state = jax.tree.unflatten(treedef, rows)
     return Outcome(solution, state, running)

@@ -5,9 +5,14 @@ have ended, and those that have not are put together with those of other batches
 next generation. All of a batch then are at similar steps, where their line searches
 take similar times. The blocks of a generation depend on nothing but which lanes have
 not ended in the one before.
+
+Devices work on their parts of a block by themselves. So what comes out does not depend
+on which parts run at the same time: a sweep that was begun on some devices goes on with
+the same parts on others.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +32,7 @@ class Block(NamedTuple):
 
     name: str
     lanes: Int[np.ndarray, " lanes"]
-    rows: slice
+    rows: slice | Int[np.ndarray, " lanes"]
     width: int
     keep: int
 
@@ -56,3 +61,44 @@ def blocks(
     for i, first in enumerate(range(0, remaining.size, width)):
         rows = slice(first, min(first + width, remaining.size))
         yield Block(f"{generation}.{i}", remaining[rows], rows, width, keep)
+
+
+def split(blocks: Iterable[Block], devices: int) -> Iterator[Block]:
+    """The parts of the blocks of a generation, each for one device.
+
+    Args:
+      blocks: The blocks, in order.
+      devices: Over how many devices they are split.
+
+    Yields:
+      Each part that has lanes, as a block of its own.
+    """
+    numbers = itertools.count()
+    for block in blocks:
+        generation, _, _ = block.name.partition(".")
+        width = block.width // devices
+        assert isinstance(block.rows, slice)
+        for first in range(0, block.lanes.size, width):
+            lanes = block.lanes[first : first + width]
+            start = block.rows.start + first
+            rows = slice(start, start + lanes.size)
+            name = f"{generation}.{next(numbers)}"
+            yield Block(name, lanes, rows, width, block.keep)
+
+
+def merge(parts: Sequence[Block], devices: int) -> Iterator[tuple[Block, list[Block]]]:
+    """Puts parts of blocks together again, for another number of devices.
+
+    Args:
+      parts: Parts of the blocks of a generation, in order.
+      devices: How many of them are solved at a time.
+
+    Yields:
+      Each block, of the name of its first part, and its parts.
+    """
+    for first in range(0, len(parts), devices):
+        some = list(parts[first : first + devices])
+        name, _, _, width, keep = some[0]
+        lanes = np.concatenate([part.lanes for part in some])
+        rows = np.concatenate([np.r_[part.rows] for part in some])
+        yield Block(name, lanes, rows, width * devices, keep), some

@@ -1,8 +1,10 @@
 """Many solves as one job: checks the call, and says how it is to be run."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -36,12 +38,15 @@ from .._x64 import caller_dtype, float64_struct, inside_region
 from ._batch import digest_of, local_mesh
 from ._collect import as_arrays, solve_lanes
 from ._crew import Crew
-from ._journal import Journal, check_directory
+from ._journal import Journal, Layout, check_directory, is_kept
 from ._lane import LaneSetting, is_function
 from ._lanes import Lanes, as_pair, lanes_of
 from ._meter import Meter
 from ._processes import gather, own_devices, parts
 from ._width import default_width, num_workers
+
+# What lowers and compiles a loss.
+_COMPILERS = ("jax", "jaxlib")
 
 
 def sweep(
@@ -93,8 +98,15 @@ def sweep(
       progress: Whether to show lanes done, lanes failed, rate, time left and the least
         loss so far. (Of several processes, the first shows its own part.)
       checkpoint_dir: A directory in which to keep the batches that are done. The same
-        call goes on from there, after whatever has ended the process, and returns the
-        same bits.
+        call goes on from there, after whatever has ended the process, also with another
+        number of devices or cores: it keeps the width of batches, and how they were
+        split, that the directory says. Lanes that have ended keep their bits. The
+        others get the bits that they would have got without an interruption, as long
+        as the compiler (the release of jaxlib, `XLA_FLAGS`) and the kind of processor
+        are the same; else they may differ as the results of any two programs that XLA
+        rounds differently. (XLA splits single large operations, such as products of
+        large matrices, over cores: then their number is part of that.) Another minor
+        release of JAX, or another platform, is refused.
       keep_states: Whether the solution has the state of each lane, which is most of its
         size. Without, `state` is None.
       max_optimizer_steps: As in `solve`.
@@ -120,16 +132,16 @@ def sweep(
       TypeError: If an argument is of the wrong kind, or traced.
       ValueError: If an argument has an impossible value; if there are no lanes, arrays
         disagree about their number, or the mesh does not divide it; if `checkpoint_dir`
-        belongs to another sweep, or is damaged.
+        belongs to another sweep, or does not say to which.
       RuntimeError: If the process was forked off one that had used JAX.
-      OSError: If `checkpoint_dir` cannot be written.
+      OSError: If `checkpoint_dir` cannot be written, or another sweep is at work in it.
       ModuleNotFoundError: With `progress`, if tqdm is not installed.
       SweepInterrupted: A `KeyboardInterrupt` that has the lanes which have ended.
       equinox.EquinoxRuntimeError: With `throw`, if a lane has failed.
 
     Warns:
-      UserWarning: If a file of `checkpoint_dir` is damaged, so that its lanes are
-        solved again.
+      UserWarning: If a file of `checkpoint_dir` is damaged, or of another sweep, so
+        that lanes are solved again. The file is left as it is.
 
     Example:
       >>> loss = lambda x, target: jnp.sum((x - target) ** 2)
@@ -196,27 +208,28 @@ def sweep(
     local = local_mesh(own_devices(mesh))
     told = combine(*on_host) if on_host else None
     workers = num_workers(local)
-    if checkpoint_dir is not None:
-        if len(everyone) > 1:
-            checkpoint_dir = os.path.join(checkpoint_dir, f"{jax.process_index()}")
-        check_directory(checkpoint_dir)
-    with jax.enable_x64():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64())
         # (Which traces the loss, before anything is compiled.)
         suitable = default_width(setting, lanes, local, workers)
-        if width is None:
-            width = suitable
-        else:
+        if width is not None:
             width = min(width * local.size // mesh.size, mine.size)
-        crew = Crew(setting, lanes, mine, local, told, workers)
-        journal = None
+        journal, begun = None, None
         if checkpoint_dir is not None:
-            journal = Journal(
-                checkpoint_dir, _identity(crew, lanes, width, keep_states)
-            )
-        with Meter(lanes.count, show=progress and not jax.process_index()) as meter:
-            solution = solve_lanes(
-                crew, lanes.count, width, journal, meter, keep_states
-            )
+            check_directory(checkpoint_dir)
+            directory = _own_directory(checkpoint_dir, len(everyone))
+            check_directory(directory)
+            journal = stack.enter_context(Journal(directory))
+            begun = journal.layout
+        layout = begun or Layout(width or suitable, local.size)
+        crew = Crew(setting, lanes, mine, local, told, workers)
+        if journal is not None:
+            identity = _identity(crew, lanes, layout, width, keep_states)
+            releases = {name: version(name) for name in _COMPILERS}
+            journal.begin(identity, layout, releases)
+        show = progress and not jax.process_index()
+        meter = stack.enter_context(Meter(lanes.count, show=show))
+        solution = solve_lanes(crew, lanes.count, layout, journal, meter, keep_states)
         solution = as_arrays(gather(solution, everyone), like[0])
     return throw_failure(solution) if throw else solution
 
@@ -311,19 +324,38 @@ def _state_structs(setting: LaneSetting, lanes: Lanes) -> list[SolverState]:
         ]
 
 
+def _own_directory(directory: str | os.PathLike[str], processes: int) -> Path:
+    """The directory of this process; refuses that of other numbers of processes."""
+    of_one, of_first = Path(directory), Path(directory) / "0"
+    is_one = processes == 1
+    if is_kept(of_first if is_one else of_one):
+        there, here = ("several", "one") if is_one else ("one", "several")
+        raise ValueError(
+            f"`checkpoint_dir` {str(directory)!r} belongs to another sweep, which "
+            f"differs in: processes (there {there}, here {here}). Repeat that call, "
+            "remove the directory, or give another."
+        )
+    return of_one if is_one else of_one / f"{jax.process_index()}"
+
+
 def _identity(
-    crew: Crew, lanes: Lanes, width: int, keep_states: bool
+    crew: Crew, lanes: Lanes, layout: Layout, width: int | None, keep_states: bool
 ) -> dict[str, str]:
-    """What has to be the same where a sweep goes on."""
+    """What has to be the same where a sweep goes on: all that its bits depend on.
+
+    They do not depend on how many batches run at a time, nor on which device. The
+    number of devices and a default width are those of the run that began.
+    """
+    of_device = layout.width // layout.devices
     return {
-        **{name: version(name) for name in ("jax", "jaxlib")},
+        # Another minor release may round otherwise, a patch release should not.
+        **{name: ".".join(version(name).split(".")[:2]) for name in _COMPILERS},
         "loss, options and what all lanes share": digest_of(
-            *(p.digest for p in crew.programs(width))
+            *(p.digest for p in crew.programs(of_device * crew.mesh.size))
         ),
         "what differs between lanes": digest_of(*jax.tree.leaves(lanes.mapped)),
         "lanes of this process": str(lanes.count),
-        "batch_size of this process": str(width),
-        "devices of this process": str(crew.mesh.size),
+        "batch_size of this process": str(width or layout.width),
         "platform": crew.mesh.devices.flat[0].platform,
         "keep_states": str(keep_states),
     }

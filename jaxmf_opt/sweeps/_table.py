@@ -18,6 +18,7 @@ from ._lanes import as_pair, lanes_of
 def best_lane(solution: Solution) -> int:
     """The lane of the least loss, among those whose loss is finite.
 
+    Losses are compared in float64, also where `solution.stats` has them in float32.
     A lane need not have succeeded to be the best: its point is as good as its loss.
 
     Args:
@@ -40,7 +41,8 @@ def best_lane(solution: Solution) -> int:
       >>> best_lane(sweep(loss, jnp.zeros(2), rates, optimizer=optax.sgd, gtol=1e-6))
       1
     """
-    losses = np.asarray(lanes_of_solution(solution).stats["loss"])
+    of = lanes_of_solution(solution)
+    losses = np.asarray(of.stats["loss"] if of.loss is None else of.loss)
     if not np.isfinite(losses).any():
         raise ValueError(
             f"`solution` must have a lane whose loss is finite, got {losses.size} "

@@ -14,7 +14,7 @@ def arrays_of(tree: Any) -> Arrays:
     out: Arrays = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             name, leaf = f"{name} {leaf.dtype}", jax.random.key_data(leaf)
         out[name] = np.asarray(leaf)
     return out

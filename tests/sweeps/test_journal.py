@@ -27,11 +27,12 @@ import numpy as np
 import optax
 import pytest
 from bits import Arrays, arrays_of, assert_same_bits
+from processes import environment, report_of
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, CallbackArgs, Solution, sweep, traced
 from jaxmf_opt._files import read_npz, write_npz
 from jaxmf_opt.sweeps import SweepInterrupted, _batch, _journal, _sweep
-from jaxmf_opt.sweeps._journal import Journal
+from jaxmf_opt.sweeps._journal import Journal, Layout, remove_records
 from jaxmf_opt.sweeps._meter import Meter
 
 pytestmark = pytest.mark.slow
@@ -98,6 +99,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "random keys": {"optimizer": noisy},
     "a callback that stops": {"callback": traced(lambda info: info.loss < 0.5)},
     "one batch": {"batch_size": LANES},
+    "few bits": {
+        "loss_fn": lambda y, c: valley(y, c.astype(y.dtype)),
+        "params": jnp.asarray(START, jnp.float8_e5m2),
+        "hyperparams": CURVATURES.astype(jnp.bfloat16),
+        "optimizer": optax.adam(0.01, mu_dtype=jnp.bfloat16),
+    },
 }
 
 
@@ -164,6 +171,13 @@ class TestSameBits:
         assert contents(tmp_path) == before
 
 
+def begun(directory: Path) -> Journal:
+    """A journal of a sweep, of which there is nothing else. It is closed."""
+    with Journal(directory) as journal:
+        journal.begin({"of": "a"}, Layout(8, 1), {})
+    return journal
+
+
 class TestJournal:
     """The directory by itself."""
 
@@ -172,7 +186,7 @@ class TestJournal:
     ):
         now = 100.0
         monkeypatch.setattr(_journal.time, "monotonic", lambda: now)
-        journal = Journal(tmp_path, {"of": "a"})
+        journal = begun(tmp_path)
         records = {f"0.{i}": {"x": np.full(3, i)} for i in range(4)}
         for i, (name, record) in enumerate(records.items()):
             now += 0.4
@@ -181,12 +195,12 @@ class TestJournal:
         journal.write()
         journal.write()  # there is nothing left
         assert len(numbered(tmp_path)) == 2
-        again = Journal(tmp_path, {"of": "a"})
+        again = begun(tmp_path)
         for name, record in records.items():
-            known = again.record(name)
+            known = again.record(name, dict)
             assert known is not None
             np.testing.assert_equal(known, record)
-        assert again.record("0.4") is None
+        assert again.record("0.4", dict) is None
 
     def test_by_default_once_a_second(self, tmp_path: Path):
         small(tmp_path)  # takes less
@@ -206,7 +220,8 @@ def flip(path: Path, byte: int, bit: int) -> None:
 
 def flip_in_value(path: Path) -> None:
     """In the number that a lane's result is."""
-    value = read_npz(path)[f"{next(iter(read_npz(path))).partition('/')[0]}/0"]
+    (name,) = (key for key in read_npz(path) if key.endswith("/0"))
+    value = read_npz(path)[name]
     assert value.dtype in (np.float32, np.float64)
     flip(path, path.read_bytes().index(value.tobytes()) + value.itemsize, 5)
 
@@ -234,11 +249,20 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def reopened(directory: Path) -> dict[str, Arrays | None]:
-    """What a journal knows of the blocks of `template`."""
-    identity = json.loads(str(read_npz(directory / "sweep.npz")["identity"]))
-    journal = Journal(directory, identity)
-    return {name: journal.record(name) for name in ("0.0", "0.1", "0.2", "1.0")}
+def reopened(directory: Path, least: int = 0) -> dict[str, Arrays | None]:
+    """What a journal knows of the blocks of `template`, of so many arrays at least."""
+
+    def parse(arrays: Any) -> Arrays:
+        if len(arrays) < least:
+            raise ValueError("arrays are missing")
+        return arrays
+
+    identity, layout, releases = json.loads(
+        str(read_npz(directory / "sweep.npz")["sweep"])
+    )
+    with Journal(directory) as journal:
+        journal.begin(identity, Layout(*layout), releases)
+    return {name: journal.record(name, parse) for name in ("0.0", "0.1", "0.2", "1.0")}
 
 
 @pytest.mark.usefixtures("a_file_for_each_block")
@@ -265,7 +289,7 @@ class TestDamage:
         after = contents(directory)
         written = [name for name, file in after.items() if file != before.get(name)]
         assert len(written) == len(bad)
-        assert not {*before} - {*after} - {path.name for path in bad}
+        assert {name: after[name] for name in before} == before
 
     def test_of_all_files(self, directory: Path):
         files = numbered(directory)
@@ -279,12 +303,12 @@ class TestDamage:
         """If nothing is said of it, it did nothing."""
         draw, want = random.Random(0), reopened(directory)
         path, said = numbered(directory)[1], 0
-        kept = path.read_bytes()
+        kept, least = path.read_bytes(), len(want["0.0"] or ())
         for _ in range(150):
             flip(path, draw.randrange(len(kept)), draw.randrange(8))
             with warnings.catch_warnings(record=True) as record:
                 warnings.simplefilter("always")
-                known = reopened(directory)
+                known = reopened(directory, least)
             path.write_bytes(kept)
             if record:
                 said += 1
@@ -312,6 +336,77 @@ class TestDamage:
                     said += 1
             path.write_bytes(kept)
         assert said > 400
+
+    def test_of_arrays(self, directory: Path):
+        """A record that is whole as a file, and not what a sweep has written."""
+        path = numbered(directory)[1]
+        arrays = read_npz(path)
+        keys = sorted(set(arrays) - {"identity"})
+        draw = random.Random(0)
+        for damage in (
+            *(lambda key: [(key, None)],) * 6,
+            *(lambda key: [(key, arrays[key][..., None])],) * 4,
+            *(lambda key: [(key, arrays[key][:-1])],) * 4,
+            *(lambda key: [(key, arrays[key].astype("S3"))],) * 4,
+            lambda _: [("identity", None)],
+            lambda _: [("identity", np.array("another"))],
+            lambda key: [(f"{key.partition('/')[0]}/lanes", np.arange(WIDTH) + 1)],
+        ):
+            changed = arrays | dict(damage(draw.choice(keys)))
+            write_npz(path, {k: x for k, x in changed.items() if x is not None})
+            before = contents(directory)
+            with pytest.warns(UserWarning, match=path.name):
+                assert_same_bits(small(directory), small_solution())
+            after = contents(directory)
+            assert {name: after[name] for name in before} == before
+            (added,) = {*after} - {*before}
+            (directory / added).unlink()
+
+    def test_of_another_sweep(self, directory: Path, tmp_path: Path):
+        """Which has as many lanes, of the same shapes."""
+        other = tmp_path / "other"
+        small(other, hyperparams=CURVATURES[::-1].copy())
+        path = numbered(directory)[1]
+        shutil.copy(numbered(other)[1], path)
+        with pytest.warns(UserWarning, match=rf"{path.name} .*not belong to this sw"):
+            assert_same_bits(small(directory), small_solution())
+        assert path.read_bytes() == numbered(other)[1].read_bytes()
+
+    def test_in_the_place_of_files(self, directory: Path):
+        """Directories and links to nowhere are named, and stay."""
+        first, second, *_ = numbered(directory)
+        for path in (first, second):
+            path.unlink()
+        first.mkdir()
+        second.symlink_to("nowhere")
+        leftover = directory / ".000009.npz0123abcd"
+        leftover.mkdir()
+        with pytest.warns(UserWarning) as record:
+            assert_same_bits(small(directory), small_solution())
+        assert {first.name, second.name} <= {
+            name
+            for warning in record
+            for name in re.findall(r"\w+\.npz", str(warning.message))
+        }
+        assert first.is_dir()
+        assert leftover.is_dir()
+        assert second.readlink() == Path("nowhere")
+        assert_same_bits(small(directory), small_solution())  # says nothing
+
+    def test_removed(self, directory: Path, tmp_path: Path):
+        """All that the sweep has written, and nothing else."""
+        small(tmp_path / "other", hyperparams=CURVATURES[::-1].copy())
+        shutil.copy(numbered(tmp_path / "other")[0], directory / "000099.npz")
+        (directory / "000100.npz").write_bytes(b"")
+        (directory / "notes").touch()
+        with Journal(directory):
+            remove_records(directory)  # while a sweep is at work
+        assert (directory / "sweep.npz").exists()
+        remove_records(directory)
+        names = {path.name for path in directory.iterdir()}
+        assert names == {"000099.npz", "000100.npz", "notes"}
+        remove_records(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
     def test_files_that_are_missing(self, directory: Path):
         files = numbered(directory)
@@ -365,7 +460,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("text", [None, 3.0, "{", "[]", "0"])
     def test_nonsense_in_the_place_of_it(self, text: Any, directory: Path):
-        arrays = {} if text is None else {"identity": np.array(text)}
+        arrays = {} if text is None else {"sweep": np.array(text)}
         write_npz(directory / "sweep.npz", arrays)
         with pytest.raises(ValueError, match=r"`checkpoint_dir` .*is damaged"):
             small(directory)
@@ -505,17 +600,32 @@ class TestOtherSweep:
             small(template)
 
     @pytest.mark.parametrize("package", ["jax", "jaxlib"])
-    def test_of_another_version(
-        self, package: str, template: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("patch", [False, True])
+    def test_of_another_release(
+        self,
+        package: str,
+        patch: bool,
+        template: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ):
+        """A patch release goes on; and is mentioned where something else differs."""
+        directory = shutil.copytree(template, tmp_path / "kept")
         real = _sweep.version
+        release = f"{real(package).rpartition('.')[0]}.99" if patch else "0.0.1"
 
         def version(name: str) -> str:
-            return "0.0.1" if name == package else real(name)
+            return release if name == package else real(name)
 
         monkeypatch.setattr(_sweep, "version", version)
-        with pytest.raises(ValueError, match=rf"another sweep.*: {package} \(there"):
-            small(template)
+        if patch:
+            assert_same_bits(small(directory), small_solution())
+            words = rf"{SHARED}.* {package} {real(package)}.* {package} {release}"
+            with pytest.raises(ValueError, match=words):
+                small(directory, gtol=1.1e-3)
+        else:
+            with pytest.raises(ValueError, match=rf"another sweep.*: {package} \(th"):
+                small(directory)
 
 
 class TestBadDirectory:
@@ -556,6 +666,42 @@ class TestBadDirectory:
             small(tmp_path / "new", callback=called.append)
         assert not called
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("a_file_for_each_block")
+class TestElsewhere:
+    """A directory that was begun with other cores or devices."""
+
+    def test_cores(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """The default width depends on them; a directory keeps its own."""
+        monkeypatch.setattr(_sweep, "num_workers", lambda _: 1)
+        want = small(tmp_path, batch_size=None)
+        monkeypatch.setattr(_sweep, "num_workers", lambda _: 8)
+        monkeypatch.setattr(_sweep, "default_width", lambda *_: 3)
+        numbered(tmp_path)[0].unlink()
+        assert_same_bits(small(tmp_path, batch_size=None), want)
+        # As a width, it may also be said.
+        assert_same_bits(small(tmp_path, batch_size=LANES), want)
+        with pytest.raises(ValueError, match=rf"{SIZE} .*there 24, here 8"):
+            small(tmp_path)
+
+    def test_devices(self, tmp_path: Path):
+        """The blocks that are missing are solved, and no others; to the same bits."""
+        report = report_of(__file__, "devices", str(tmp_path), devices=4)
+        assert report == [2, 5, 7, 2]
+
+    def test_processes(self, template: Path, tmp_path: Path):
+        shutil.copytree(template, tmp_path / "0")
+        with pytest.raises(ValueError, match=r"`checkpoint_dir` .*processes \(there"):
+            small(tmp_path)
+
+    def test_two_at_a_time(self, tmp_path: Path):
+        with (
+            Journal(tmp_path),
+            pytest.raises(OSError, match=r"`checkpoint_dir` .*sweep is at work"),
+        ):
+            small(tmp_path)
+        assert_same_bits(small(tmp_path), small_solution())
 
 
 class TestProgress:
@@ -753,7 +899,7 @@ class Process:
             self.popen = subprocess.Popen(
                 [sys.executable, "-W", "error", __file__, json.dumps(job)],
                 stderr=err,
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
+                env=environment(),
             )
         self._timer = threading.Timer(120, self.popen.kill)
         self._timer.start()
@@ -900,5 +1046,30 @@ class TestInterrupted:
         assert WIDTH - 1 <= lanes.size < FINITE
 
 
+def on_devices(directory: str) -> list[int]:
+    """How many blocks are solved by other devices than those that began a sweep."""
+
+    def mesh(devices: int) -> jax.sharding.Mesh:
+        return jax.make_mesh((devices,), ("lanes",), devices=jax.devices()[:devices])
+
+    solved = []
+    journal = functools.partial(Journal, every=0.0)
+    with mock.patch.object(_sweep, "Journal", journal):
+        for first, then, lost in (1, 4, 2), (4, 1, 5), (4, 3, 7), (2, 4, 2):
+            kept = Path(directory) / f"{first} {then}"
+            want = small(kept, mesh=mesh(first))
+            for path in numbered(kept)[:lost]:
+                path.unlink()
+            left = len(numbered(kept))
+            same_call = WIDTH if WIDTH % then == 0 else None
+            got = small(kept, mesh=mesh(then), batch_size=same_call)
+            assert_same_bits(got, want)
+            solved.append(len(numbered(kept)) - left)
+    return solved
+
+
 if __name__ == "__main__":
-    work(Job(*json.loads(sys.argv[1])))
+    if "devices" in sys.argv:
+        print(json.dumps(on_devices(sys.argv[-1])))
+    else:
+        work(Job(*json.loads(sys.argv[1])))
