@@ -150,15 +150,14 @@ def tangent_of_minimum(
     point = (flat, list(captured))
     null = jnp.zeros_like(flat)
     if symmetric:
-        known = jax.lax.stop_gradient((flat, gradient(flat, captured)))
-        along = jax.lax.stop_gradient(product(point, flat))
-        null = _null_vector(*known, along)
+        of_y = (flat, gradient(flat, captured), product(point, flat))
+        null = _null_vector(*jax.lax.stop_gradient(of_y))
     if linear_solver is None and flat.size <= DIRECT_SIZE:
         derivative = linearize(lambda x: gradient(x, captured), flat)
         matrix = as_matrix(derivative, flat.size)
         return unravel(-group_inverse(matrix, null, symmetric) @ rhs)
     system = MatrixFree(product, symmetric, linear_solver)
-    return unravel(-system.solve(point, null, rhs))
+    return unravel(-system.solve(point, null, rhs, flat if symmetric else None))
 
 
 def _null_vector(
@@ -180,9 +179,10 @@ def _null_vector(
     Returns:
       A unit vector, or zeros.
     """
-    rest = jnp.max(jnp.abs(y * (along + gradient)))
-    slope, size = jnp.sum(y * gradient), jnp.max(jnp.abs(y * gradient))
-    is_free = (rest <= 1e-6 * size) & (jnp.abs(slope) <= 1e-6 * size) & (size > 0)
+    rest, slopes = jnp.abs(y * (along + gradient)), y * gradient
+    size = jnp.abs(slopes)
+    is_free = (jnp.max(rest) <= 1e-3 * jnp.max(size)) & (jnp.max(size) > 0)
+    is_free &= jnp.abs(jnp.sum(slopes)) <= 1e-3 * jnp.sum(size)
     length = jnp.linalg.norm(y)
     return jnp.where(is_free, y / jnp.where(is_free, length, 1.0), 0.0)
 

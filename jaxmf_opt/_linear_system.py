@@ -180,7 +180,11 @@ class MatrixFree:
     solver: lx.AbstractLinearSolver | None
 
     def solve(
-        self, point: PyTree, null: Float[Array, " n"], b: Float[Array, " n"]
+        self,
+        point: PyTree,
+        null: Float[Array, " n"],
+        b: Float[Array, " n"],
+        y: Float[Array, " n"] | None = None,
     ) -> Float[Array, " n"]:
         """`A# b`, or NaN where it was not reached.
 
@@ -188,31 +192,46 @@ class MatrixFree:
           point: Where `A` is.
           null: As in `group_inverse`.
           b: The right-hand side.
+          y: A vector that may be in the null space of a symmetric `A`.
 
         Returns:
           The solution, differentiable in `point` and `b`.
         """
+        known = self._look(*jax.lax.stop_gradient((point, null, y)), b.size)
+        return self._solve(_At(point, jax.lax.stop_gradient(known)), b)
+
+    def _look(self, point: PyTree, null: Array, y: Array | None, n: int) -> "_Known":
         # A masked parameter has a gradient of 0 wherever it is. A row is seen to be 0
         # by its product with any vector that is orthogonal to no other row.
-        row = jax.lax.stop_gradient(self.product(point, _random(b.size)))
-        return self._solve(_At(point, jnp.where(row == 0, 0.0, 1.0), null), b)
+        mask = jnp.where(self.product(point, _random(n)) == 0, 0.0, 1.0)
+        product = lambda v: mask * self.product(point, mask * v)  # noqa: E731
+        if y is not None:
+            length = jnp.linalg.norm(y)
+            limit = RCOND * _norm_of(product, n) * length
+            is_null = jnp.linalg.norm(product(y)) <= limit
+            is_null &= (length > 0) & jnp.all(null == 0)
+            null = jnp.where(is_null, y / jnp.where(length > 0, length, 1.0), null)
+        units, is_scaled = _units(product, n)
+        size = _norm_of(lambda v: units * product(units * v), n)
+        return _Known(mask, null, units, is_scaled, size)
 
     def _multiply(self, at: "_At", v: Array) -> Array:
         """The product, without what is masked."""
-        return at.mask * self.product(at.point, at.mask * v)
+        mask = at.known.mask
+        return mask * self.product(at.point, mask * v)
 
     def _solve(self, at: "_At", b: Array) -> Array:
         return x64_region(self._apply, at, b, may_close=False, tangent=self._tangent)
 
     def _apply(self, at: "_At", b: Array) -> Array:
         def project(v: Array) -> Array:
-            return _without_null(v, at.null)
+            return _without_null(v, at.known.null)
 
         def product(v: Array) -> Array:
             return project(self._multiply(at, project(v)))
 
         def solve(product: Callable[[Array], Array], b: Array) -> Array:
-            return project(self._solve_scaled(product, at, project(b)))
+            return project(self._solve_scaled(product, at.known, project(b)))
 
         return jax.lax.custom_linear_solve(product, b, solve, solve, self.symmetric)
 
@@ -246,69 +265,88 @@ class MatrixFree:
             rhs = rhs + self._solve(at, move(jnp.where(is_outside, rest, 0.0)))
             null = move(self._solve(at, x))
             # (One solve does for both.)
-            null_in_range = _without_null(self._multiply(at, null), at.null)
+            null_in_range = _without_null(self._multiply(at, null), at.known.null)
             return null + self._solve(at, rhs - null_in_range)
 
         return x64_region(tangent, at, b, x, dots, may_close=False)
 
     def _solve_scaled(
-        self, product: Callable[[Array], Array], at: "_At", b: Array
+        self, product: Callable[[Array], Array], known: "_Known", b: Array
     ) -> Array:
         """The solution, in units in which all rows of the matrix are alike."""
-        units, is_scaled = _units(product, b.size)
+        units, is_scaled = known.units, known.is_scaled
         # What is known to be null is made regular.
-        known = units * at.null
-        known /= jnp.where(jnp.any(known != 0), jnp.linalg.norm(known), 1.0)
+        null = units * known.null
+        null /= jnp.where(jnp.any(null != 0), jnp.linalg.norm(null), 1.0)
 
         def scaled(v: Array) -> Array:
-            regular = (1 - at.mask) * v + known * (known @ v)
-            return units * product(units * v) + regular
+            regular = (1 - known.mask) * v + null * (null @ v)
+            return units * product(units * v) + known.size * regular
 
-        # In other units other solutions have the smallest norm, so there must be only
-        # one, which a second system shows. In those of the variables, all iterates of a
-        # symmetric matrix are in its range, and those of others perhaps.
+        # A second system shows whether the solution is the one that is wanted. In other
+        # units other solutions have the smallest norm, so there must be only one. In
+        # those of the variables it must be in the range, and not out of proportion.
         probe = _random(b.size)
-        is_sure = self.symmetric and self.solver is None
 
         def solve_and_check(rhs: Array, _: Any) -> tuple[Array, tuple[Array, Array]]:
-            x = self._solve_once(scaled, rhs)
-            check = jnp.zeros_like(x) if is_sure else x
-            return jnp.where(is_scaled, scaled(probe), check), (rhs, x)
+            x = self._solve_once(scaled, known.size, rhs)
+            return jnp.where(is_scaled, scaled(probe), x), (rhs, x)
 
         # (A loop of two turns, to be compiled once.)
         _, (rhs, x) = jax.lax.scan(solve_and_check, units * b, length=2)
         is_regular = _is_near(x[1], probe, 1e-3)
+        lengths = jnp.linalg.norm(x, axis=1)
         is_in_range = _is_near(scaled(x[1]), rhs[1], 1e-6)
+        is_in_range &= known.size * lengths[1] <= 1e11 * lengths[0]
         is_right = jnp.where(is_scaled, is_regular, is_in_range)
         return units * jnp.where(is_right, x[0], jnp.nan)
 
-    def _solve_once(self, product: Callable[[Array], Array], b: Array) -> Array:
+    def _solve_once(
+        self, product: Callable[[Array], Array], size: Array, b: Array
+    ) -> Array:
         if self.solver is not None:
             rtol, atol = (getattr(self.solver, name, 0.0) for name in ("rtol", "atol"))
             rtol = jnp.maximum(10 * rtol, _RTOL)
             atol = 10 * b.size**0.5 * jnp.asarray(atol, float)
             x = _compute(self.solver, product, b, self.symmetric)
-            return jnp.where(_is_solution(product, x, b, rtol, atol), x, jnp.nan)
+            return jnp.where(_is_solution(product, size, x, b, rtol, atol), x, jnp.nan)
         x, is_solved = jnp.zeros_like(b), jnp.array(False)
         if self.symmetric:
             x, _ = jsl.cg(product, b, tol=1e-14, maxiter=20 * b.size)
-            is_solved = _is_solution(product, x, b, _RTOL)
+            is_solved = _is_solution(product, size, x, b, _RTOL)
         # (Of 0 the solution is known at once.)
         rest = jnp.where(is_solved, 0.0, b)
         lsmr = lx.LSMR(
             rtol=_BACKWARD, atol=0.0, conlim=1 / RCOND, max_steps=10 * b.size
         )
         y = _compute(lsmr, product, rest, symmetric=False)
-        y = jnp.where(_is_solution(product, y, rest, _RTOL), y, jnp.nan)
+        y = jnp.where(_is_solution(product, size, y, rest, _RTOL), y, jnp.nan)
         return jnp.where(is_solved, x, y)
 
 
-class _At(NamedTuple):
-    """Where a matrix is, and what is known of its null space."""
+class _Known(NamedTuple):
+    """What is known of a matrix.
 
-    point: PyTree
+    Attributes:
+      mask: 0 for variables that are in nothing, else 1.
+      null: A unit vector in the null space, or zeros.
+      units: Units for the variables, in which rows are alike.
+      is_scaled: Whether they are other than 1.
+      size: About the largest singular value, in these units.
+    """
+
     mask: Float[Array, " n"]
     null: Float[Array, " n"]
+    units: Float[Array, " n"]
+    is_scaled: Bool[Array, ""]
+    size: Float[Array, ""]
+
+
+class _At(NamedTuple):
+    """Where a matrix is, and what is known of it there."""
+
+    point: PyTree
+    known: _Known
 
 
 def _units(product: Callable[[Array], Array], n: int) -> tuple[Array, Bool[Array, ""]]:
@@ -345,6 +383,7 @@ def _compute(
 
 def _is_solution(
     product: Callable[[Array], Array],
+    size: Array,
     x: Array,
     b: Array,
     rtol: Any,
@@ -352,7 +391,6 @@ def _is_solution(
 ) -> Bool[Array, ""]:
     """Whether a residual is small, or as small as it can be made."""
     transpose = jax.linear_transpose(product, x)
-    size = _norm_of(product, transpose, x.size)
     rest = b - product(x)
     left = jnp.linalg.norm(rest)
     allowed = rtol * jnp.linalg.norm(b) + atol
@@ -361,17 +399,19 @@ def _is_solution(
     return (left <= allowed) | (slope <= (rtol + _BACKWARD) * size * left)
 
 
-def _norm_of(
-    product: Callable[[Array], Array], transpose: Callable[..., Any], n: int
-) -> Array:
+def _norm_of(product: Callable[[Array], Array], n: int) -> Array:
     """About the largest singular value, by power iteration."""
+    start = _random(n)
+    transpose = jax.linear_transpose(product, start)
 
-    def once(_: Any, v: Array) -> Array:
-        w = transpose(product(v / jnp.linalg.norm(v)))[0]
-        return jnp.where(jnp.linalg.norm(w) > 0, w, v)
+    def once(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        v, _ = carry
+        v = v / jnp.linalg.norm(v)
+        moved = product(v)
+        w = transpose(moved)[0]
+        return jnp.where(jnp.linalg.norm(w) > 0, w, v), jnp.linalg.norm(moved)
 
-    v = jax.lax.fori_loop(0, 8, once, _random(n))
-    return jnp.linalg.norm(product(v / jnp.linalg.norm(v)))
+    return jax.lax.fori_loop(0, 8, once, (start, jnp.zeros(())))[1]
 
 
 def _random(n: int) -> Array:

@@ -9,6 +9,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ._closures import with_operands
 from ._structure import Structure
 from ._x64 import hoist, inside_region, struct
 
@@ -117,6 +118,18 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
       ValueError: If the loss is not a scalar, if the gradient has not the structure
         and shapes of the parameters, or if the loss uses a mapped axis.
     """
+    with inside_region():
+        changed = with_operands(loss_fn)
+    if changed is not loss_fn:
+        try:
+            return _trace(changed, params, grad=grad)
+        except Exception:
+            # It may need a NumPy scalar to be one: to branch on what it makes of it.
+            return _trace(loss_fn, params, grad=grad)
+    return _trace(loss_fn, params, grad=grad)
+
+
+def _trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objective:
     leaves, treedef = jax.tree.flatten(params)
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
 

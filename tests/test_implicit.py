@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.dtypes import float0
+from jax.experimental.jet import jet
 
 from jaxmf_opt import optimize
 from jaxmf_opt._optimizer import DEFAULT_OPTIMIZER
@@ -590,7 +591,6 @@ class TestLinearSolver:
         "jacfwd": jax.jacfwd,
         "jacrev": jax.jacrev,
         "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f)),
-        "jacfwd of hessian": lambda f: jax.jit(jax.jacfwd(jax.hessian(f))),
         "vmap of hessian": lambda f: (
             lambda c: jax.vmap(jax.hessian(f))(jnp.stack([c, c * 2]))
         ),
@@ -873,3 +873,120 @@ class TestCompiledProgram:
         assert text is not None
         for word in ("callback", "infeed", "outfeed"):
             assert word not in text
+
+
+def cubic(c: jax.Array) -> jax.Array:
+    """The `y` of `y**3 + y = c`."""
+
+    def loss(y: jax.Array) -> jax.Array:
+        return (y - c.astype(y.dtype)) ** 2 / 2 + y**4 / 4
+
+    return optimize(loss, jnp.zeros_like(c), gtol=1e-13)
+
+
+def cubic_by_newton(c: jax.Array) -> jax.Array:
+    """The same, by plain JAX."""
+    y = c
+    for _ in range(40):
+        y = y - (y**3 + y - c) / (3 * y**2 + 1)
+    return y
+
+
+def trajectory(y: Map) -> Map:
+    """Each step is a solve from where the last one has led."""
+    steps = jnp.array([1.0, 0.5, 0.25])
+
+    def step(x: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = y(x + s.astype(x.dtype))
+        return x, x
+
+    return lambda c: jnp.sum(jax.lax.scan(step, c, steps)[1])
+
+
+def bilevel(y: Map) -> Map:
+    """A solve whose loss contains a solve."""
+
+    def outer(c: jax.Array) -> jax.Array:
+        def loss(x: jax.Array) -> jax.Array:
+            return jnp.cosh(x - y(c.astype(x.dtype) + x / 4))
+
+        return optimize(loss, jnp.zeros_like(c), optimizer=PLAIN, gtol=1e-12)
+
+    return outer
+
+
+def bilevel_by_newton(c: jax.Array) -> jax.Array:
+    x = c
+    for _ in range(60):  # x = y(c + x / 4), a contraction
+        x = cubic_by_newton(c + x / 4)
+    return x
+
+
+ORDERS: dict[str, Any] = {
+    "".join(name[3] for name in names): names
+    for names in [
+        *itertools.product(["jacfwd", "jacrev"], repeat=2),
+        ("jacrev", "jacrev", "jacrev"),
+        ("jacfwd", "jacrev", "jacfwd"),
+    ]
+}
+LOOPS: dict[str, Callable[[Map], Map]] = {
+    "map": lambda y: lambda c: jax.lax.map(y, c[None])[0],
+    "scan carry": lambda y: (
+        lambda c: jax.lax.scan(lambda x, _: (y(x), None), c, length=2)[0]
+    ),
+    "trajectory": trajectory,
+    "map of map": lambda y: (
+        lambda c: jax.lax.map(lambda row: jnp.sum(jax.lax.map(y, row)), c[None, None])[
+            0
+        ]
+    ),
+    "vmap of map": lambda y: (
+        lambda c: jax.vmap(lambda row: jax.lax.map(y, row))(c[None, None])[0, 0]
+    ),
+    "jit of checkpoint of map": lambda y: jax.jit(
+        jax.checkpoint(lambda c: jax.lax.map(jax.jit(y), c[None])[0])
+    ),
+    "cond in scan": lambda y: (
+        lambda c: jax.lax.scan(
+            lambda x, _: (jax.lax.cond(x > 0, y, jnp.sin, x), None), c, length=2
+        )[0]
+    ),
+    "solve in solve": bilevel,
+}
+
+
+class TestHigherOrders:
+    """Against plain JAX, which differentiates Newton's iteration."""
+
+    @pytest.mark.parametrize(
+        ("loop", "order"),
+        [
+            *((loop, list(ORDERS)[i % 4]) for i, loop in enumerate(LOOPS)),
+            *(("map", order) for order in ORDERS),
+            ("trajectory", "rrr"),
+        ],
+    )
+    def test_of_loops(self, loop: str, order: str, x64: bool):
+        def derivative(y: Map) -> Map:
+            for name in ORDERS[order]:
+                y = getattr(jax, name)(y)
+            return y
+
+        got = derivative(LOOPS[loop](cubic))(point(x64, 2.0))
+        plain = (
+            bilevel_by_newton
+            if loop == "solve in solve"
+            else LOOPS[loop](cubic_by_newton)
+        )
+        with jax.enable_x64():
+            want = derivative(plain)(jnp.asarray(2.0))
+        np.testing.assert_allclose(got, want, rtol=1e-7 if x64 else 1e-5)
+
+    def test_a_tangent_that_is_a_number(self, x64: bool):
+        program = jax.jit(lambda c: jax.jvp(cubic, (c,), (1.0,))[1])
+        np.testing.assert_allclose(program(point(x64, 2.0)), 0.25, rtol=1e-6)
+
+    def test_jet_is_refused(self):
+        with pytest.raises(NotImplementedError, match=r"jax\.experimental\.jet"):
+            jet(cubic, (2.0,), ((1.0, 0.0),))

@@ -1,5 +1,6 @@
 """The solve of one lane of a sweep, part by part, as pure functions of its arrays."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,9 +111,8 @@ class LaneSetting(NamedTuple):
         return jax.value_and_grad(recipe.loss)(params, captured)
 
     def _recipe(self, hyperparam: PyTree) -> tuple[Recipe, list[Array]]:
-        objective = trace(
-            lambda params: self.loss_fn(params, hyperparam), self.params, grad=self.grad
-        )
+        loss_fn = functools.partial(_call, self.loss_fn, hyperparam)
+        objective = trace(loss_fn, self.params, grad=self.grad)
         recipe = Recipe(
             objective.program,
             of_lane(self.optimizer, hyperparam),
@@ -124,6 +124,10 @@ class LaneSetting(NamedTuple):
             watch=self.watch,
         )
         return recipe, objective.captured
+
+
+def _call(loss_fn: Callable[..., Any], hyperparam: PyTree, params: PyTree) -> Any:
+    return loss_fn(params, hyperparam)
 
 
 def of_lane(option: Any, hyperparam: PyTree) -> Any:
