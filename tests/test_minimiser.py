@@ -12,7 +12,7 @@ import optax
 import optimistix as optx
 import pytest
 
-from jaxmf_opt import LeanOptaxMinimiser
+from jaxmf_opt import LeanOptaxMinimiser, solve
 
 pytestmark = pytest.mark.mixes  # optax's code
 
@@ -274,3 +274,32 @@ def test_a_stopped_lane_ends_its_line_search_at_once():
         both = counted.during(lambda: solve(jnp.concatenate([slow, minimum])))
     assert alone > 20
     assert both == alone
+
+
+def test_a_step_that_is_changed_behind_the_line_search():
+    """What the line search has stored is of a point that was not moved to."""
+    inner = optax.lbfgs()
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        step, state = inner.update(updates, state, params, **extra)
+        return jax.tree.map(lambda x: x / 2, step), state
+
+    halved = optax.GradientTransformationExtraArgs(inner.init, update)
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum((x - 3) ** 2 + (x - 1) ** 4)
+
+    solution = solve(
+        loss, jnp.zeros(2), optimizer=halved, max_optimizer_steps=3, history=True
+    )
+    with jax.enable_x64():
+        x = jnp.zeros(2)
+        state, losses = halved.init(x), []
+        for _ in range(3):
+            value, grad = jax.value_and_grad(loss)(x)
+            losses.append(value)
+            extra = {"value": value, "grad": grad, "value_fn": loss}
+            step, state = halved.update(grad, state, x, **extra)
+            x = x + step
+    history: Any = solution.stats["history"]
+    np.testing.assert_allclose(history.loss, losses, rtol=1e-6)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmf_opt import optimize
 from jaxmf_opt._structure import Structure, compiled
 
 
@@ -94,3 +95,27 @@ def test_compiled_is_shared_and_right():
     x = jnp.arange(3.0)
     np.testing.assert_allclose(first(x)[0], 2 * jnp.sin(x), rtol=1e-6)
     np.testing.assert_allclose(third(x)[0], 3 * jnp.sin(x), rtol=1e-6)
+
+
+def test_settings_of_equations_count():
+    """Random numbers are others under another setting, by the same equations."""
+
+    def loss(x: jax.Array) -> jax.Array:
+        target = jax.random.uniform(jax.random.key(0), (3,), jnp.float64)
+        return jnp.sum((x - target) ** 2)
+
+    found = []
+    for setting in True, False, True:
+        with jax.threefry_partitionable(setting):
+            found.append(optimize(loss, jnp.zeros(3)))
+            with jax.enable_x64():
+                want = jax.random.uniform(jax.random.key(0), (3,), jnp.float64)
+        np.testing.assert_allclose(found[-1], want, rtol=1e-6)
+    assert not np.allclose(found[0], found[1])
+
+
+def test_the_sign_of_a_complex_zero_counts():
+    def angle(zero: complex) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jnp.angle(jnp.complex64(-1) + x * 0 + zero)
+
+    assert structure(angle(complex(0, 0.0))) != structure(angle(complex(0, -0.0)))
