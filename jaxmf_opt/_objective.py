@@ -118,7 +118,7 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
       ValueError: If the loss is not a scalar, if the gradient has not the structure
         and shapes of the parameters, or if the loss uses a mapped axis.
     """
-    with inside_region():
+    with inside_region(), jax.ensure_compile_time_eval():
         changed = with_operands(loss_fn)
     if changed is not loss_fn:
         try:

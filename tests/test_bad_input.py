@@ -19,6 +19,8 @@ import optax
 import pytest
 from calling import assert_refused, numbers, said
 from compiling import compilations
+from jax.experimental import checkify
+from jax.experimental.sparse import BCOO
 from processes import report_of
 
 import jaxmf_opt
@@ -51,6 +53,11 @@ class Bad(NamedTuple):
 
 def square(y: Any) -> Any:
     return jnp.sum((y - 3.0) ** 2)
+
+
+def checked(y: Any) -> Any:
+    checkify.check(y[0] < 10, "too large")
+    return square(y)
 
 
 def with_loss(loss: Any, error: type[Exception], *words: str, **options: Any) -> Bad:
@@ -164,6 +171,24 @@ BAD: dict[str, Bad] = {
     ),
     "params of strings": with_params(
         lambda: np.array(["x0"]), TypeError, "real numbers", "<U2"
+    ),
+    "params of many bits": with_params(
+        lambda: 10**30, ValueError, "fit in 64 bits", str(10**30)
+    ),
+    "params of another byte order": with_params(
+        lambda: np.ones(2, ">f8"), TypeError, "byte order", "'>f8'"
+    ),
+    "params that are sparse": with_params(
+        lambda: BCOO.fromdense(jnp.eye(2)), TypeError, "sparse array", "`data`"
+    ),
+    "a loss and a gradient": with_loss(
+        lambda y: (square(y), y), TypeError, "a pair", "grad=True"
+    ),
+    "a loss that checks": with_loss(checked, ValueError, "`checkify.check`"),
+    "history of a long run": Bad(
+        lambda: solve(square, Y, history=True, max_optimizer_steps=10**12),
+        ValueError,
+        ("`history`", str(10**12), "GiB"),
     ),
     "params a complex": with_params(lambda: 2j, TypeError, "2j of type complex"),
     "params of complex": with_params(
