@@ -16,6 +16,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
+from ._lapack import compile_one_by_one, uses_lapack
 from ._loop import Loop, Pause
 from ._minimiser import LeanOptaxMinimiser, Tolerance, all_finite
 from ._objective import Program
@@ -402,7 +403,10 @@ class Compiled(NamedTuple):
 @functools.lru_cache(maxsize=CACHE_SIZE)
 def compiled(recipe: Recipe) -> Compiled:
     """The compiled form of a recipe, shared by all that are equal to it."""
-    return Compiled(*(jax.jit(getattr(recipe, name)) for name in Compiled._fields))
+    program = recipe.program
+    whole = program.value if program.value_and_grad is None else program.value_and_grad
+    compile_ = compile_one_by_one if uses_lapack(whole.jaxpr.jaxpr) else jax.jit
+    return Compiled(*(compile_(getattr(recipe, name)) for name in Compiled._fields))
 
 
 def _pinned(y: PyTree, state: MinimiserState) -> SolverState:

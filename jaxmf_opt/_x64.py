@@ -28,6 +28,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
 from ._host_call import calls_host, original_exceptions
+from ._lapack import one_by_one, with_fresh_caches
 from ._structure import compiled
 from ._varying import as_operand, unchecked, vary_alike, without_axes
 
@@ -257,6 +258,7 @@ def _lower(ctx: Any, *args: Any, jaxpr: jex.ClosedJaxpr) -> Any:
     )
     if ctx.dim_var_values:
         ctx = _with_int64_dimensions(ctx)
+    ctx = one_by_one(ctx)
     with inside_region():
         rule = mlir.lower_fun(jex.jaxpr_as_fun(jaxpr), multiple_results=True)
         return rule(ctx, *args)
@@ -268,15 +270,8 @@ def _with_int64_dimensions(ctx: Any) -> Any:
     Functions that were lowered outside take int32 sizes, so they are not reused here.
     """
     int64 = ir.RankedTensorType.get((), ir.IntegerType.get_signless(64))
-    module = ctx.module_context
-    names = (
-        "cached_primitive_lowerings",
-        "lowering_cache",
-        "cached_call_jaxpr_lowerings",
-    )
-    fresh = {name: {} for name in names if hasattr(module, name)}
     return ctx.replace(
-        module_context=module.replace(**fresh),
+        module_context=with_fresh_caches(ctx.module_context),
         dim_var_values=[stablehlo.convert(int64, v) for v in ctx.dim_var_values],
     )
 

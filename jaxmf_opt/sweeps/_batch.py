@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from .._keys import as_numpy
+from .._lapack import evaluate_one_by_one
 from .._structure import CACHE_SIZE, Structure
 from .._x64 import hoist, inside_region, struct
 
@@ -120,7 +120,7 @@ def _compile(
     structure: Structure, is_mapped: tuple[bool, ...], mesh: Mesh
 ) -> tuple[Callable[..., list[Any]], str]:
     """The compiled program, and a digest of its text."""
-    fn = jex.jaxpr_as_fun(structure.jaxpr)
+    fn = evaluate_one_by_one(structure.jaxpr)
     specs = tuple(P(_DEVICES) if m else P() for m in is_mapped)
     if mesh.size > 1:
         fn = jax.shard_map(
