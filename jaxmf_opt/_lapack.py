@@ -1,17 +1,16 @@
 """Batched linear algebra on the CPU that cannot wait for ever.
 
 In jaxlib 0.10 and 0.11 a batched LAPACK kernel (a `vmap` of `cholesky`, `solve`, `inv`,
-`qr`, ...) hands parts of its batch to XLA's thread pool and waits for them. It runs on a
-thread of that pool itself, so when as many of them run at the same time as there are
-cores, from one program or from several, all wait and nobody works. (jaxlib 0.12 does
-without the threads again.) A kernel for a single matrix hands over nothing, so in the
-programs of this library a batch becomes a loop over its matrices.
+`qr`) hands parts of its batch to XLA's thread pool, and waits for them. It waits on a
+thread of that pool. Once as many kernels wait as there are threads, in one program or
+in several, nobody is left to do the work. (jaxlib 0.12 does without the threads again.)
+A kernel for a single matrix hands over nothing, so in the programs of this library a
+batch becomes a loop over its matrices.
 
-That is done when a program is lowered, behind `vmap` and all derivatives, and to
-whatever JAX and lineax make of the linear algebra until then. JAX has no public way to
-lower a primitive in a way of one's own in one program only;
-`LoweringParameters.override_lowering_rules` does that. `tests/test_lapack.py` fails when
-JAX moves it.
+That is done when a program is lowered, behind `vmap` and all derivatives, to whatever
+JAX and lineax have made of the linear algebra until then. JAX has no public way to
+lower a primitive differently in one program; `override_lowering_rules` of the lowering
+parameters is that way. `tests/test_lapack.py` fails when JAX moves it.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.interpreters.mlir as mlir
-import jaxlib
+import jaxlib.version
 
 # The number of dimensions of each operand of a primitive, without those of the batch.
 _RANKS = {
@@ -47,7 +46,7 @@ _RANKS = {
 _SMALL = 200_000
 _MOST_PER_CUBE = 30
 
-IS_NEEDED = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 12)
+IS_NEEDED = jaxlib.version.__version_info__ < (0, 12)
 
 
 def uses_lapack(jaxpr: jex.Jaxpr) -> bool:
@@ -72,7 +71,7 @@ def evaluate_one_by_one(closed: jex.ClosedJaxpr) -> Callable[..., list[Any]]:
     return lambda *operands: _evaluate_p.bind(*operands, jaxpr=closed)
 
 
-def compile_one_by_one(fn: Callable[..., Any]) -> Callable[..., Any]:
+def compile_one_by_one(fn: Callable[..., Any]) -> jax.stages.Wrapped:
     """`jax.jit` of a function, without batched LAPACK kernels."""
 
     def run(*args: Any) -> Any:

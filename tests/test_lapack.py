@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import report_of
 
 from jaxmf_opt import jax_enable_x64, optimize, solve
 from jaxmf_opt._lapack import IS_NEEDED, compile_one_by_one, evaluate_one_by_one
 from jaxmf_opt.losses import Dense
 from jaxmf_opt.sweeps import sweep
-
-from processes import report_of
 
 N, LANES = 24, 8
 
@@ -35,7 +34,7 @@ def tridiagonal(x: jax.Array) -> Any:
     return jax.lax.linalg.tridiagonal_solve(x[..., 0], x[..., 1] + N, x[..., 2], x)
 
 
-FUNCTIONS: dict[str, Callable[[jax.Array], Any]] = {
+FUNCTIONS: dict[str, Any] = {
     "cholesky": lambda x: jnp.linalg.cholesky(symmetric(x)),
     "complex": lambda x: jnp.linalg.inv(jax.lax.complex(x, x)),
     "det": jnp.linalg.det,
@@ -150,16 +149,15 @@ def test_of_dense_mechanisms_in_a_sweep(monkeypatch: pytest.MonkeyPatch):
     assert not any(map(kernels_of_batches, filter(lambda t: "@lapack" in t, texts)))
 
 
-# What stood still within the first call or two, in a process of two threads.
+# What stood still within its first call, in processes with two threads.
 STANDS_STILL = """
 import jax, jax.numpy as jnp
 from jaxmf_opt.sweeps import sweep
 jax.config.update("jax_enable_x64", True)
 A = jnp.eye(40) * 10.6
 loss = lambda X, t: jnp.sum((X - t) ** 2) + jnp.sum(jnp.linalg.inv(A + 0.1 * X))
-for _ in range(3):
-    out = sweep(loss, jnp.zeros((40, 40)), jnp.linspace(0.1, 0.2, 8),
-                max_optimizer_steps=3, batch_size=8)
+out = sweep(loss, jnp.zeros((40, 40)), jnp.linspace(0.1, 0.2, 8),
+            max_optimizer_steps=6, batch_size=8)
 print(out.stats["loss"].shape[0])
 """
 
