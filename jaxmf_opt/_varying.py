@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.core import ShapedArray
+from jax.sharding import AxisType
 
 try:
     from jax._src.config import _check_vma
@@ -63,4 +64,21 @@ def as_operand(aval: Any, operand: Any) -> Any:
 
 def without_axes(aval: Any) -> Any:
     """A type that varies over nothing."""
-    return ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    sharding = explicit_sharding(aval)
+    return ShapedArray(
+        aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding
+    )
+
+
+def explicit_sharding(x: Any) -> jax.NamedSharding | None:
+    """How the type of a value says that it is split over explicit axes of a mesh.
+
+    Under an explicit mesh all types name that mesh, those of what is made in a program
+    too. What was made before it, or is no array yet, is the same on all its devices.
+    """
+    sharding = getattr(jax.typeof(x) if isinstance(x, jax.Array) else x, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+        sharding = jax.NamedSharding(mesh, jax.P(*(None for _ in x.shape)))
+    return sharding if AxisType.Explicit in mesh.axis_types else None

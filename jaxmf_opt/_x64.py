@@ -22,6 +22,7 @@ import jax.interpreters.ad as ad
 import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer, eval_jaxpr
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
@@ -30,7 +31,7 @@ from jaxtyping import Array
 from ._host_call import calls_host, original_exceptions
 from ._lapack import one_by_one, with_fresh_caches
 from ._structure import compiled
-from ._varying import as_operand, unchecked, vary_alike, without_axes
+from ._varying import as_operand, explicit_sharding, unchecked, vary_alike, without_axes
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -87,7 +88,8 @@ def is_traced(*trees: Any) -> bool:
 
 def float64_struct(x: Any) -> jax.ShapeDtypeStruct:
     """The shape of an array or a number, and float64."""
-    return jax.ShapeDtypeStruct(jnp.shape(x), "float64")
+    x = x if hasattr(x, "shape") else np.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, "float64", sharding=explicit_sharding(x))
 
 
 def caller_dtype(x: Any, *, in_program: bool) -> Any:
@@ -219,8 +221,12 @@ def _arrays(operands: Sequence[Any]) -> list[Any]:
 
 def struct(x: Any) -> jax.ShapeDtypeStruct:
     """Shape and type of an array, a tracer or an abstract value, and nothing else."""
-    weak_type = getattr(x, "weak_type", False)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
+    return jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        weak_type=getattr(x, "weak_type", False),
+        sharding=explicit_sharding(x),
+    )
 
 
 def _is_zero(tangent: Any) -> bool:
