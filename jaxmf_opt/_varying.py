@@ -76,7 +76,9 @@ def explicit_sharding(x: Any) -> jax.NamedSharding | None:
     Under an explicit mesh all types name that mesh, those of what is made in a program
     too. What was made before it, or is no array yet, is the same on all its devices.
     """
-    sharding = getattr(jax.typeof(x) if isinstance(x, jax.Array) else x, "sharding", None)
+    sharding = getattr(
+        jax.typeof(x) if isinstance(x, jax.Array) else x, "sharding", None
+    )
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty:
         mesh = jax.sharding.get_abstract_mesh()

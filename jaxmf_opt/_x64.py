@@ -83,7 +83,8 @@ def is_traced(*trees: Any) -> bool:
     """Whether a call with these arguments is part of the tracing of a program."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
         return True
-    return isinstance(jnp.zeros(()), Tracer)  # as every new array under `jit`
+    # As every new array under `jit`. (To make this one, nothing is sent to a device.)
+    return isinstance(jax.lax.iota("int32", 1), Tracer)
 
 
 def float64_struct(x: Any) -> jax.ShapeDtypeStruct:

@@ -223,7 +223,7 @@ def sweep(
 def _check_mesh(mesh: Any, count: int) -> Mesh:
     """The mesh, or one of JAX's default device."""
     if mesh is None:
-        return local_mesh(list(jnp.zeros(()).devices()))
+        return local_mesh([next(iter(jnp.zeros(()).devices()))])
     if not isinstance(mesh, Mesh):
         raise TypeError(
             "`mesh` must be None or a `jax.sharding.Mesh` of devices, such as "
