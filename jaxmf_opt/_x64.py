@@ -28,7 +28,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
-from ._host_call import calls_host, original_exceptions
+from ._host_call import OriginalExceptions, calls_host
 from ._lapack import one_by_one, with_fresh_caches
 from ._structure import compiled
 from ._varying import as_operand, explicit_sharding, unchecked, vary_alike, without_axes
@@ -246,7 +246,7 @@ def _impl(*args: Any, jaxpr: jex.ClosedJaxpr) -> list[Array]:
         run = compiled(jaxpr)
         if not calls_host(jaxpr.jaxpr):
             return run(*_arrays(args))
-        with original_exceptions():
+        with OriginalExceptions():
             return jax.block_until_ready(run(*_arrays(args)))
 
 

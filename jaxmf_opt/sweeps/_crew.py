@@ -43,6 +43,14 @@ class Outcome(NamedTuple):
     running: Bool[np.ndarray, " lanes"]
 
 
+class CallbackStopIterationError(Exception):
+    """A `StopIteration` of a callback, which generators do not let through."""
+
+    def __init__(self, original: StopIteration):
+        super().__init__(original)
+        self.original = original
+
+
 class Crew:
     """The programs of a sweep, and the threads that run them.
 
@@ -222,6 +230,9 @@ class Crew:
             info = info_after(of_lane, int(of_lane.minimiser.step) - 1)
             key = self._lane_objects.setdefault(lane, Lane((int(self.numbers[lane]),)))
             told = info.told_by(key, lambda of_lane=of_lane: of_lane)
-            interrupted[row] |= asks_to_stop(self._callback(told))
+            try:
+                interrupted[row] |= asks_to_stop(self._callback(told))
+            except StopIteration as e:
+                raise CallbackStopIterationError(e) from e
         flags = lambda s: s.minimiser.interrupted  # noqa: E731
         return eqx.tree_at(flags, state, interrupted)

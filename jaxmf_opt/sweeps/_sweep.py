@@ -35,7 +35,7 @@ from .._watch import watch
 from .._x64 import caller_dtype, float64_struct, inside_region
 from ._batch import digest_of, local_mesh
 from ._collect import as_arrays, solve_lanes
-from ._crew import Crew
+from ._crew import CallbackStopIterationError, Crew
 from ._journal import Journal, check_directory
 from ._lane import LaneSetting, is_function
 from ._lanes import Lanes, as_pair, lanes_of
@@ -213,9 +213,12 @@ def sweep(
                 checkpoint_dir, _identity(crew, lanes, width, keep_states)
             )
         with Meter(lanes.count, show=progress and not jax.process_index()) as meter:
-            solution = solve_lanes(
-                crew, lanes.count, width, journal, meter, keep_states
-            )
+            try:
+                solution = solve_lanes(
+                    crew, lanes.count, width, journal, meter, keep_states
+                )
+            except CallbackStopIterationError as e:
+                raise e.original from None
         solution = as_arrays(gather(solution, everyone), like[0])
     return throw_failure(solution) if throw else solution
 
