@@ -21,13 +21,23 @@ try:
     from jax._src.config import _check_vma
 except ImportError:  # a JAX that has moved it: `shard_map` needs check_vma=False
     _check_vma = None
+try:
+    from jax._src.config import disable_bwd_checks as _no_bwd_checks
+except ImportError:  # likewise, for a `jax.custom_vjp` of what the loss closes over
+    _no_bwd_checks = None
 
 
 def unchecked() -> contextlib.AbstractContextManager[Any]:
     """Switches the check off, for what is traced inside."""
-    if _check_vma is None:
-        return contextlib.nullcontext()
-    return _check_vma(False)
+    no_check = contextlib.nullcontext() if _check_vma is None else _check_vma(False)
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if _no_bwd_checks is None or not manual:
+        return no_check
+    # The rule of a `jax.custom_vjp` is held to types that are no longer tracked.
+    stack = contextlib.ExitStack()
+    stack.enter_context(no_check)
+    stack.enter_context(_no_bwd_checks(True))
+    return stack
 
 
 def _varying(x: Any) -> frozenset[Any]:

@@ -25,6 +25,7 @@ from .._checks import (
     check_untraced,
 )
 from .._custom_types import PyTree
+from .._debugging import no_alarms
 from .._fork import check_process
 from .._minimiser import Tolerance
 from .._optimizer import DEFAULT_OPTIMIZER
@@ -219,7 +220,8 @@ def sweep(
                 )
             except CallbackStopIterationError as e:
                 raise e.original from None
-        solution = as_arrays(gather(solution, everyone), like[0])
+        with no_alarms():  # NaN are the rows of steps that were not taken
+            solution = as_arrays(gather(solution, everyone), like[0])
     return throw_failure(solution) if throw else solution
 
 
