@@ -16,14 +16,17 @@ import numpy as np
 from jaxtyping import PyTree
 
 
+_config: Any = jax.config  # its attributes have no types
+
+
 def alarms() -> bool:
     """Whether JAX is to raise where numbers are not finite."""
-    return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)
+    return bool(_config.jax_debug_nans or _config.jax_debug_infs)
 
 
 def guarded() -> bool:
     """Whether JAX is to log or refuse transfers from the host."""
-    return jax.config.jax_transfer_guard_host_to_device not in (None, "allow")
+    return _config.jax_transfer_guard_host_to_device not in (None, "allow")
 
 
 @contextlib.contextmanager
@@ -68,8 +71,8 @@ def raise_alarm(
     """
     with no_alarms():
         leaves = [np.asarray(x) for x in jax.tree.leaves(results)]
-    nans = jax.config.jax_debug_nans and any(np.isnan(x).any() for x in leaves)
-    infs = jax.config.jax_debug_infs and any(np.isinf(x).any() for x in leaves)
+    nans = _config.jax_debug_nans and any(np.isnan(x).any() for x in leaves)
+    infs = _config.jax_debug_infs and any(np.isinf(x).any() for x in leaves)
     if not (nans or infs):
         return
     jax.jit(jax.value_and_grad(loss))(y, captured)

@@ -25,7 +25,7 @@ STEPS = 4
 
 def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
     start, targets = jnp.zeros(4), np.arange(2, dtype=np.float32)
-    limit = {"max_optimizer_steps": STEPS}
+    limit: Any = {"max_optimizer_steps": STEPS}
     steps: list[int] = []
 
     def loss(x: Any, target: Any = 1.0) -> Any:
@@ -77,7 +77,9 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
         "traced, vmap": lambda: jax.vmap(in_program)(targets),
         "history and state": resumed,
         "sweep": swept,
-        "sweep, callback": lambda: swept(callback=tell),
+        "sweep, callback, mesh": lambda: swept(
+            callback=tell, mesh=jax.make_mesh((2,), ("lanes",))
+        ),
         "dense": lambda: optimize(
             dense.loss_and_gradient, dense.initial_params(), grad=True, **limit
         ),

@@ -6,7 +6,8 @@ from processes import report_of
 
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 def test_inside_a_mesh(kind: str):
-    settings = {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    failures = report_of("tests/mesh_cases.py", kind, devices=4, **settings)
+    failures = report_of(
+        "tests/mesh_cases.py", kind, devices=4, JAX_NUMPY_DTYPE_PROMOTION="standard"
+    )
     assert len(failures) == 20
     assert not {name: why for name, why in failures.items() if why}

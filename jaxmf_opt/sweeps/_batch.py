@@ -24,7 +24,13 @@ _DEVICES = "devices of a sweep"
 
 
 def local_mesh(devices: list[Any]) -> Mesh:
-    """The mesh over which the lanes of a batch are split."""
+    """The mesh over which the lanes of a batch are split.
+
+    Inside of `jax.set_mesh` types may name that mesh, so its programs must run on it,
+    and lanes are not split: all its devices work on each.
+    """
+    if not jax.sharding.get_mesh().empty:
+        devices = devices[:1]
     return Mesh(np.array(devices), (_DEVICES,))
 
 

@@ -90,7 +90,8 @@ def sweep(
       mesh: Devices over which lanes are split, in the order of their axes. Their number
         must divide the number of lanes. Each device works by itself. If the mesh spans
         the processes of `jax.distributed`, each solves the lanes of its devices, and
-        all of them return the whole. By default it is JAX's default device.
+        all of them return the whole. By default it is JAX's default device. Inside of
+        `jax.set_mesh` lanes are not split; the mesh set there does all the work.
       progress: Whether to show lanes done, lanes failed, rate, time left and the least
         loss so far. (Of several processes, the first shows its own part.)
       checkpoint_dir: A directory in which to keep the batches that are done. The same
