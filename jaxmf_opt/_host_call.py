@@ -15,7 +15,7 @@ JAX moves it.
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -84,17 +84,19 @@ def calls_host(jaxpr: jex.Jaxpr) -> bool:
     )
 
 
-@contextlib.contextmanager
-def original_exceptions() -> Iterator[None]:
-    """Turns the text that XLA makes of an exception into the exception it was."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as e:
+class OriginalExceptions(contextlib.AbstractContextManager[None]):
+    """Turns the text that XLA makes of an exception into the exception it was.
+
+    (Not written as a generator: that cannot raise `StopIteration`.)
+    """
+
+    def __exit__(self, kind: Any, e: BaseException | None, traceback: Any) -> None:
+        if not isinstance(e, jax.errors.JaxRuntimeError):
+            return
         numbers = _NUMBER.findall(str(e))  # the last: the user's text stands before it
         failure = _runs.failure_of(int(numbers[-1])) if numbers else None
-        if failure is None:
-            raise
-        raise failure from None
+        if failure is not None:
+            raise failure from None
 
 
 _runs = Runs()

@@ -173,10 +173,20 @@ class Runs:
                     self._failures.popitem(last=False)
             failure = self._failures.get(number)
         if failure is not None:
-            raise RuntimeError(
-                f"`callback` raised {type(failure).__name__}: {failure} [run {number}]"
-            ) from failure
+            raise RuntimeError(f"`callback` raised {_told(failure)} [run {number}]")
 
     def failure_of(self, number: int) -> BaseException | None:
         with self._lock:
             return self._failures.pop(number, None)
+
+
+def _told(failure: BaseException) -> str:
+    """What an exception is and says, as text that XLA can hand on.
+
+    XLA ends a text at NUL, and the process at half of a surrogate pair.
+    """
+    try:
+        text = f"{type(failure).__name__}: {failure}"
+    except BaseException as e:  # whatever `__str__` does
+        text = f"{type(failure).__name__} (its `__str__` raised {type(e).__name__})"
+    return text.encode(errors="backslashreplace").decode().replace("\0", r"\x00")

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
+from ._lapack import with_fresh_caches
+
 
 @functools.cache
 def _callback_primitives() -> frozenset[jex.Primitive]:
@@ -65,7 +67,7 @@ def with_all_bits(ctx: Any) -> Any:
                 out = primitive.bind(*map(_encode, operands), callback=coded, **params)
                 return [_decode(x, like) for x, like in zip(out, results, strict=True)]
 
-            module = ctx.module_context.replace(lowering_parameters=plain)
+            module = with_fresh_caches(ctx.module_context, lowering_parameters=plain)
             lower = mlir.lower_fun(send, multiple_results=True)
             inner = ctx.replace(module_context=module)
             out = lower(inner, *operands)
@@ -78,7 +80,8 @@ def with_all_bits(ctx: Any) -> Any:
     rules = tuple((p, rule_of(p)) for p in _callback_primitives())
     others = plain.override_lowering_rules or ()
     parameters = dataclasses.replace(plain, override_lowering_rules=(*rules, *others))
-    return ctx.replace(module_context=module.replace(lowering_parameters=parameters))
+    module = with_fresh_caches(module, lowering_parameters=parameters)
+    return ctx.replace(module_context=module)
 
 
 def _is_wide(like: Any) -> bool:

@@ -23,7 +23,7 @@ from ._linesearch import (
     without_trials,
 )
 from ._optimizer import as_optax_expects, as_pytree
-from ._select import select, select_if_batched
+from ._select import cond, select, select_if_batched
 from ._state import Evaluated, Evaluations, History, MinimiserState
 
 # A tolerance: a number, or an array so that it can be batched.
@@ -194,19 +194,19 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         if options.get("limit") is not None:
             ended = ended | (state.step >= options["limit"])
 
-        def move(_: Any) -> _Move:
+        def move() -> _Move:
             return self._move(fn, y, args, state, ~ended, loss, grad)
 
-        def stay(_: Any) -> _Move:
+        def stay() -> _Move:
             zeros = jax.tree.map(jnp.zeros_like, grad)
             none = Evaluations(jnp.array(0), jnp.array(0))
             return _Move(y, zeros, state.opt_state, jnp.array(False), none)
 
         if self._tests or options.get("limit") is not None:
             # (Two computations of their own. In a batch both are run, see `_move`.)
-            to = jax.lax.cond(ended, stay, move, None)
+            to = cond(ended, stay, move)
         else:
-            to = move(None)
+            to = move()
 
         history, update, loss_before, grad_before = state.history, None, None, None
         if history is not None and history.loss.size:

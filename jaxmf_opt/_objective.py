@@ -131,7 +131,7 @@ def trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objecti
 
 def _trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Objective:
     leaves, treedef = jax.tree.flatten(params)
-    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    structs = [struct(x) for x in leaves]
 
     def outputs(*leaves: Array) -> list[Array]:
         out = loss_fn(jax.tree.unflatten(treedef, leaves))

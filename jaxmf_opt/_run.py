@@ -16,6 +16,8 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
+from ._debugging import alarms, guarded, undisturbed
+from ._lapack import compile_one_by_one, uses_lapack
 from ._loop import Loop, Pause
 from ._minimiser import (
     LeanOptaxMinimiser,
@@ -392,10 +394,20 @@ class Compiled(NamedTuple):
     loss: Callable[..., Array]
 
 
-@functools.lru_cache(maxsize=CACHE_SIZE)
 def compiled(recipe: Recipe) -> Compiled:
     """The compiled form of a recipe, shared by all that are equal to it."""
-    return Compiled(*(jax.jit(getattr(recipe, name)) for name in Compiled._fields))
+    programs = _compiled(recipe)
+    if not (alarms() or guarded()):
+        return programs
+    return Compiled(*map(undisturbed, programs))
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
+def _compiled(recipe: Recipe) -> Compiled:
+    program = recipe.program
+    whole = program.value if program.value_and_grad is None else program.value_and_grad
+    compile_ = compile_one_by_one if uses_lapack(whole.jaxpr.jaxpr) else jax.jit
+    return Compiled(*(compile_(getattr(recipe, name)) for name in Compiled._fields))
 
 
 def _pinned(y: PyTree, state: MinimiserState) -> SolverState:

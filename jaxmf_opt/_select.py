@@ -6,7 +6,7 @@ mask, and a select would only change how XLA fuses the program, and so its last 
 differentiated in reverse, as a zoom line search does with the loss.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.interpreters.ad as ad
 import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, PyTree
 
 
@@ -26,6 +27,18 @@ def select(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
 def select_if_batched(pred: Bool[Array, ""], true: PyTree, false: PyTree) -> PyTree:
     """`select` where `jax.vmap` has batched `pred`, elsewhere simply `true`."""
     return jax.tree.map(lambda t, f: _select_p.bind(pred, t, f), true, false)
+
+
+def cond(
+    pred: Bool[Array, ""], true_fn: Callable[[], PyTree], false_fn: Callable[[], PyTree]
+) -> PyTree:
+    """`jax.lax.cond`; under an explicit mesh both are run, as in a batch.
+
+    There `jax.vmap` cannot batch a `cond` that closes over an array that is split.
+    """
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return select(pred, true_fn(), false_fn())
+    return jax.lax.cond(pred, true_fn, false_fn)
 
 
 _select_p = jex.Primitive("select_if_batched")

@@ -24,6 +24,7 @@ from ._checks import (
     check_tolerance,
 )
 from ._custom_types import PyTree
+from ._debugging import alarms, no_alarms, raise_alarm
 from ._fork import check_process
 from ._implicit import solve_in_program
 from ._minimiser import Tolerance
@@ -147,7 +148,7 @@ def solve(
     first = None
     if state is not None:
         first = check_state(state, state_structs(), state_structs(not tests))
-        with inside_region():
+        with inside_region(), no_alarms():
             first = going_on(first, optimizer, tests=tests, is_seen=bool(callbacks))
     arrays = (params, captured, tolerances, closed_over(optimizer), first)
     in_program = is_traced(arrays)
@@ -179,6 +180,11 @@ def solve(
     else:
         with jax.enable_x64():
             solution = compiled(recipe).solve(*operands, watched, first)
+    if alarms() and not is_traced(solution):
+        of, end = solution.stats, solution.state
+        results = (solution.value, of["loss"], of["grad_norm"], end.minimiser.loss)
+        with jax.enable_x64():
+            raise_alarm(recipe.loss, end.params, captured, results)
     return throw_failure(solution) if throw else solution
 
 

@@ -17,6 +17,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._callback import CallbackArgs, CallbackFnType, Lane, asks_to_stop
+from ._debugging import alarms, no_alarms, own_transfers, raise_alarm
 from ._run import Recipe, Told, Tolerances, compiled
 from ._solution import Solution
 from ._state import Evaluated, Evaluations, History, SolverState
@@ -54,19 +55,23 @@ def solve_stepwise(
     begin = program.start(params) if start is None else start
     y, of = begin.params, begin.minimiser
     opt_state = of.opt_state
-    tally = jnp.stack([jnp.asarray(max_steps - int(of.step)), *of.evaluations])
-    before: tuple[Any, Any, Any, Any] | None = None
-    limits = None
-    if not tolerances.off:
-        before = (of.update, of.loss_before, of.grad_before, of.first_loss)
-        limits = Tolerances(*map(jnp.asarray, tolerances))
+    with own_transfers():
+        tally = jnp.stack([jnp.asarray(max_steps - int(of.step)), *of.evaluations])
+        before: tuple[Any, Any, Any, Any] | None = None
+        limits = None
+        if not tolerances.off:
+            before = (of.update, of.loss_before, of.grad_before, of.first_loss)
+            limits = Tolerances(*map(jnp.asarray, tolerances))
     record = _Record(begin)
     rows: list[History] = []
+    is_alarmed = alarms()
     lane, step, unseen = Lane(), program.step, record.unseen
     steps, told, interrupted = int(of.step), None, False
     while steps < max_steps and not interrupted:
         at = y
         y, opt_state, tally, told = step(at, opt_state, tally, before, captured, limits)
+        if is_alarmed:
+            raise_alarm(recipe.loss, at, captured, (told.loss, told.grad))
         unseen.append((at, told))
         if len(unseen) >= record.patience:
             record.look()
@@ -82,19 +87,23 @@ def solve_stepwise(
         info.told_by(lane, record.state_after, steps, at, y, opt_state, tally, told)
         interrupted = asks_to_stop(callback(info))
     else:
-        tally = tally.at[0].set(0)
+        with own_transfers():
+            tally = tally.at[0].set(0)
         _, _, tally, told = step(y, opt_state, tally, before, captured, limits)
         unseen.append((y, told))
     end = record.state_after(steps, y, y, opt_state, tally, told, before)
     flags = (told.converged is not None and bool(told.converged), interrupted, True)
-    end = eqx.tree_at(
-        lambda s: (s.minimiser.converged, s.minimiser.interrupted, s.minimiser.ended),
-        end,
-        tuple(map(jnp.asarray, flags)),
-    )
-    if told.row is not None:
-        table = _table(rows, int(of.step), max_steps)
-        end = SolverState(y, end.minimiser.with_history(table))
+    with own_transfers(), no_alarms():
+        end = eqx.tree_at(
+            lambda s: (
+                *(s.minimiser.converged, s.minimiser.interrupted, s.minimiser.ended),
+            ),
+            end,
+            tuple(map(jnp.asarray, flags)),
+        )
+        if told.row is not None:
+            table = _table(rows, int(of.step), max_steps)
+            end = SolverState(y, end.minimiser.with_history(table))
     return program.value_and_finish(end, max_steps)
 
 
@@ -152,7 +161,8 @@ class _Record:
         Returns:
           The state.
         """
-        with jax.enable_x64():  # a callback may ask for the state in whatever setting
+        # (A callback may ask for the state in whatever setting.)
+        with jax.enable_x64(), own_transfers():
             if self.unseen:
                 self.look()
             last_finite = _if_finite(at, told) or self._last_finite

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
+from ._lapack import evaluate_one_by_one
+
 # Compiled programs that are kept, each of them a few megabytes.
 CACHE_SIZE = 128
 
@@ -174,4 +176,4 @@ def compiled(jaxpr: jex.ClosedJaxpr) -> Callable[..., list[jax.Array]]:
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
 def _compile(structure: Structure) -> Callable[..., list[jax.Array]]:
-    return jax.jit(jex.jaxpr_as_fun(structure.jaxpr))
+    return jax.jit(evaluate_one_by_one(structure.jaxpr))

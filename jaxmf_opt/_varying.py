@@ -15,18 +15,29 @@ from typing import Any
 
 import jax
 from jax.core import ShapedArray
+from jax.sharding import AxisType
 
 try:
     from jax._src.config import _check_vma
 except ImportError:  # a JAX that has moved it: `shard_map` needs check_vma=False
     _check_vma = None
+try:
+    from jax._src.config import disable_bwd_checks as _no_bwd_checks
+except ImportError:  # likewise, for a `jax.custom_vjp` of what the loss closes over
+    _no_bwd_checks = None
 
 
 def unchecked() -> contextlib.AbstractContextManager[Any]:
     """Switches the check off, for what is traced inside."""
-    if _check_vma is None:
-        return contextlib.nullcontext()
-    return _check_vma(False)
+    no_check = contextlib.nullcontext() if _check_vma is None else _check_vma(False)
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if _no_bwd_checks is None or not manual:
+        return no_check
+    # The rule of a `jax.custom_vjp` is held to types that are no longer tracked.
+    stack = contextlib.ExitStack()
+    stack.enter_context(no_check)
+    stack.enter_context(_no_bwd_checks(True))
+    return stack
 
 
 def _varying(x: Any) -> frozenset[Any]:
@@ -63,4 +74,23 @@ def as_operand(aval: Any, operand: Any) -> Any:
 
 def without_axes(aval: Any) -> Any:
     """A type that varies over nothing."""
-    return ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    sharding = explicit_sharding(aval)
+    return ShapedArray(
+        aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding
+    )
+
+
+def explicit_sharding(x: Any) -> jax.NamedSharding | None:
+    """How the type of a value says that it is split over explicit axes of a mesh.
+
+    Under an explicit mesh all types name that mesh, those of what is made in a program
+    too. What was made before it, or is no array yet, is the same on all its devices.
+    """
+    sharding = getattr(
+        jax.typeof(x) if isinstance(x, jax.Array) else x, "sharding", None
+    )
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+        sharding = jax.NamedSharding(mesh, jax.P(*(None for _ in x.shape)))
+    return sharding if AxisType.Explicit in mesh.axis_types else None

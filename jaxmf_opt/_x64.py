@@ -22,16 +22,18 @@ import jax.interpreters.ad as ad
 import jax.interpreters.batching as batching
 import jax.interpreters.mlir as mlir
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer, eval_jaxpr
 from jax.experimental import jet
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
-from ._host_call import calls_host, original_exceptions
+from ._host_call import OriginalExceptions, calls_host
+from ._lapack import one_by_one, with_fresh_caches
 from ._loss_callbacks import has_callbacks, with_all_bits
 from ._structure import compiled
-from ._varying import as_operand, unchecked, vary_alike, without_axes
+from ._varying import as_operand, explicit_sharding, unchecked, vary_alike, without_axes
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -83,12 +85,14 @@ def is_traced(*trees: Any) -> bool:
     """Whether a call with these arguments is part of the tracing of a program."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
         return True
-    return isinstance(jnp.zeros(()), Tracer)  # as every new array under `jit`
+    # As every new array under `jit`. (To make this one, nothing is sent to a device.)
+    return isinstance(jax.lax.iota("int32", 1), Tracer)
 
 
 def float64_struct(x: Any) -> jax.ShapeDtypeStruct:
     """The shape of an array or a number, and float64."""
-    return jax.ShapeDtypeStruct(jnp.shape(x), "float64")
+    x = x if hasattr(x, "shape") else np.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, "float64", sharding=explicit_sharding(x))
 
 
 def caller_dtype(x: Any, *, in_program: bool) -> Any:
@@ -291,8 +295,12 @@ def _arrays(operands: Sequence[Any]) -> list[Any]:
 
 def struct(x: Any) -> jax.ShapeDtypeStruct:
     """Shape and type of an array, a tracer or an abstract value, and nothing else."""
-    weak_type = getattr(x, "weak_type", False)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
+    return jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        weak_type=getattr(x, "weak_type", False),
+        sharding=explicit_sharding(x),
+    )
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -312,7 +320,7 @@ def _impl(*args: Any, jaxpr: jex.ClosedJaxpr, rule: Any) -> list[Array]:
         run = compiled(jaxpr)
         if not calls_host(jaxpr.jaxpr):
             return run(*_arrays(args))
-        with original_exceptions():
+        with OriginalExceptions():
             return jax.block_until_ready(run(*_arrays(args)))
 
 
@@ -335,6 +343,7 @@ def _lower(ctx: Any, *args: Any, jaxpr: jex.ClosedJaxpr, rule: Any) -> Any:
     )
     if ctx.dim_var_values:
         inner = _with_int64_dimensions(inner)
+    inner = one_by_one(inner)
     with inside_region():
         if has_callbacks(jaxpr.jaxpr):
             inner = with_all_bits(inner)
@@ -351,15 +360,8 @@ def _with_int64_dimensions(ctx: Any) -> Any:
     Functions that were lowered outside take int32 sizes, so they are not reused here.
     """
     int64 = ir.RankedTensorType.get((), ir.IntegerType.get_signless(64))
-    module = ctx.module_context
-    names = (
-        "cached_primitive_lowerings",
-        "lowering_cache",
-        "cached_call_jaxpr_lowerings",
-    )
-    fresh = {name: {} for name in names if hasattr(module, name)}
     return ctx.replace(
-        module_context=module.replace(**fresh),
+        module_context=with_fresh_caches(ctx.module_context),
         dim_var_values=[stablehlo.convert(int64, v) for v in ctx.dim_var_values],
     )
 

@@ -27,7 +27,7 @@ def environment(devices: int = 1, **settings: str) -> dict[str, str]:
         "XLA_FLAGS": f"{of_xla} {of_devices}".strip(),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "0",
-        # For this package, and the modules beside the tests.
+        # For the modules beside the tests; the package is the one of this checkout.
         "PYTHONPATH": os.pathsep.join(
             map(str, (TESTS.parent, TESTS, TESTS / "sweeps"))
         ),

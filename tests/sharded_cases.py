@@ -150,6 +150,25 @@ def value_of_captured_block() -> float:
     return off(jax.jit(split(block, True, w))(ROWS, w), 2 * ROWS)
 
 
+@jax.custom_vjp
+def distance(x: Array, c: Array) -> Array:
+    return jnp.sum((x - c) ** 2)
+
+
+distance.defvjp(
+    lambda x, c: (distance(x, c), x - c), lambda d, ct: (2 * d * ct, -2 * d * ct)
+)
+
+
+def custom_vjp_of_captured_block() -> float:
+    """Plain JAX takes it if the point varies, too; here it need not."""
+
+    def block(c: Array) -> Array:
+        return optimize(lambda x: distance(x, c.astype(x.dtype)), jnp.zeros((2, 3)))
+
+    return off(jax.jit(split(block, True))(ROWS), ROWS)
+
+
 def tangent_of_sharded() -> float:
     fn = split(jax.vmap(minimum), True)
     tangent = jax.jit(lambda c, d: jax.jvp(fn, (c,), (d,))[1])(ROWS, WEIGHTS)
@@ -280,6 +299,7 @@ BOTH_WAYS: tuple[Callable[[bool], float], ...] = (
 ONCE: tuple[Callable[[], float], ...] = (
     value_inside_vmap,
     value_of_captured_block,
+    custom_vjp_of_captured_block,
     tangent_of_sharded,
     grad_inside,
     communication_is_seen,

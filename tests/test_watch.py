@@ -295,8 +295,31 @@ class MineError(Exception):
     pass
 
 
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+# NUL ends a text in C, and half of a surrogate pair ended the process.
+HALF = "a\ud800b"
+ODD_TEXTS: list[tuple[Exception, str]] = [
+    (MineError("a\0b"), r"MineError: a\x00b"),
+    (MineError(HALF), r"MineError: a\ud800b"),
+    (SpeechlessError(), "SpeechlessError (its `__str__` raised ValueError)"),
+]
+
+
 class TestExceptions:
-    @pytest.mark.parametrize("error", [MineError("mine"), KeyboardInterrupt("mine")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MineError("mine"),
+            KeyboardInterrupt("mine"),
+            StopIteration("mine"),
+            *(error for error, _ in ODD_TEXTS),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
     @pytest.mark.parametrize("way", ["vmap", "grad", "vmap of grad"])
     def test_eager_the_same_object(self, way: str, error: BaseException):
         def fail(info: CallbackArgs) -> None:
@@ -342,6 +365,14 @@ class TestExceptions:
 
         with pytest.raises(jax.errors.JaxRuntimeError, match="MineError: the reason"):
             jax.block_until_ready(fn(ROWS[0]))
+
+    @pytest.mark.parametrize(("error", "text"), ODD_TEXTS, ids=["nul", "half", "none"])
+    def test_compiled_with_an_odd_text(self, error: Exception, text: str):
+        def fail(_: CallbackArgs) -> None:
+            raise error
+
+        with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(text)):
+            jax.block_until_ready(jax.jit(lambda c: minimum(c, fail))(ROWS[0]))
 
     def test_a_message_that_looks_like_a_run(self):
         error = MineError("see [run 1] and [run 2]")

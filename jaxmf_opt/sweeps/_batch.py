@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
+from .._debugging import no_alarms, own_transfers
 from .._keys import as_numpy
+from .._lapack import evaluate_one_by_one
 from .._structure import CACHE_SIZE, Structure
 from .._x64 import hoist, inside_region, struct
 
@@ -23,7 +24,13 @@ _DEVICES = "devices of a sweep"
 
 
 def local_mesh(devices: list[Any]) -> Mesh:
-    """The mesh over which the lanes of a batch are split."""
+    """The mesh over which the lanes of a batch are split.
+
+    Inside of `jax.set_mesh` types may name that mesh, so its programs must run on it,
+    and lanes are not split: all its devices work on each.
+    """
+    if not jax.sharding.get_mesh().empty:
+        devices = devices[:1]
     return Mesh(np.array(devices), (_DEVICES,))
 
 
@@ -70,24 +77,25 @@ class BatchProgram:
             return out
 
         def on_a_device(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(
-                (x.shape[0] // mesh.size, *x.shape[1:]), x.dtype
-            )
+            shape = (x.shape[0] // mesh.size, *x.shape[1:])
+            return struct(jax.ShapeDtypeStruct(shape, x.dtype))
 
         structs = [*map(on_a_device, leaves[:num_mapped])]
         structs += [struct(x) for x in leaves[num_mapped:]]
         with inside_region():
             closed, consts = hoist(jax.make_jaxpr(flat)(*structs))
-            self._consts = jax.device_put(consts, _sharding(mesh, P()))
+            self._consts = [_place(const, mesh) for const in consts]
             self._out_tree = out_tree
             is_mapped = [False] * len(consts) + [True] * num_mapped
             is_mapped += [False] * (len(leaves) - num_mapped)
-            program = _compile(Structure(closed), tuple(is_mapped), mesh)
+            where = tuple(const.sharding for const in self._consts)
+            program = _compile(Structure(closed), tuple(is_mapped), mesh, where)
         self._run, self._text_digest = program
 
     def __call__(self, mapped: PyTree, shared: PyTree) -> PyTree:
         """Runs it, on arrays of the shapes and dtypes that it was compiled for."""
-        out = self._run(*self._consts, *jax.tree.leaves((mapped, shared)))
+        with no_alarms(), own_transfers():
+            out = self._run(*self._consts, *jax.tree.leaves((mapped, shared)))
         return jax.tree.unflatten(self._out_tree, out)
 
     @property
@@ -110,35 +118,60 @@ def digest_of(*parts: Any) -> str:
 
 
 def _sharding(mesh: Mesh, spec: P) -> Sharding:
-    if mesh.size == 1:
-        return SingleDeviceSharding(mesh.devices.flat[0])
-    return NamedSharding(mesh, spec)
+    if mesh.size > 1:
+        return NamedSharding(mesh, spec)
+    around = jax.sharding.get_mesh()
+    if not around.empty:  # each of its devices does the same, on its part of the data
+        return NamedSharding(around, P())
+    return SingleDeviceSharding(mesh.devices.flat[0])
+
+
+def _place(const: Array, mesh: Mesh) -> Array:
+    """Puts what all lanes share on all devices; leaves what a mesh around has split."""
+    if mesh.size == 1 and const.sharding.device_set == set(
+        jax.sharding.get_mesh().devices.flat
+    ):
+        return const
+    return jax.device_put(const, _sharding(mesh, P()))
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
 def _compile(
-    structure: Structure, is_mapped: tuple[bool, ...], mesh: Mesh
+    structure: Structure,
+    is_mapped: tuple[bool, ...],
+    mesh: Mesh,
+    where: tuple[Sharding, ...],
 ) -> tuple[Callable[..., list[Any]], str]:
     """The compiled program, and a digest of the text of its part for one device."""
-    lowered = part = _lower(structure, is_mapped, mesh)
+    lowered = part = _lower(structure, is_mapped, mesh, where)
     if mesh.size > 1:
         part = _lower(structure, is_mapped, local_mesh([mesh.devices.flat[0]]))
     return lowered.compile(), digest_of(part.as_text())
 
 
-def _lower(structure: Structure, is_mapped: tuple[bool, ...], mesh: Mesh) -> Any:
-    fn = jex.jaxpr_as_fun(structure.jaxpr)
+def _lower(
+    structure: Structure,
+    is_mapped: tuple[bool, ...],
+    mesh: Mesh,
+    where: tuple[Sharding, ...] = (),
+) -> Any:
+    fn = evaluate_one_by_one(structure.jaxpr)
     specs = tuple(P(_DEVICES) if m else P() for m in is_mapped)
     if mesh.size > 1:
         fn = jax.shard_map(
             fn, mesh=mesh, in_specs=specs, out_specs=P(_DEVICES), check_vma=False
         )
+    shardings = [_sharding(mesh, spec) for spec in specs]
+    shardings[: len(where)] = where
     structs = [
         jax.ShapeDtypeStruct(
             (a.shape[0] * mesh.size, *a.shape[1:]) if m else a.shape,
             a.dtype,
-            sharding=_sharding(mesh, spec),
+            sharding=sharding,
         )
-        for a, m, spec in zip(structure.jaxpr.in_avals, is_mapped, specs, strict=True)
+        for a, m, sharding in zip(
+            structure.jaxpr.in_avals, is_mapped, shardings, strict=True
+        )
     ]
-    return jax.jit(fn).lower(*structs)
+    out = _sharding(mesh, P(_DEVICES))
+    return jax.jit(fn, out_shardings=out).lower(*structs)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int, PyTree
 
 from .._callback import CallbackFnType, Lane, asks_to_stop
+from .._debugging import alarms
 from .._keys import as_key, as_numpy, on_host
 from .._solution import Solution
 from .._state import SolverState
@@ -40,6 +41,14 @@ class Outcome(NamedTuple):
     solution: Solution
     state: SolverState
     running: Bool[np.ndarray, " lanes"]
+
+
+class CallbackStopIterationError(Exception):
+    """A `StopIteration` of a callback, which generators do not let through."""
+
+    def __init__(self, original: StopIteration):
+        super().__init__(original)
+        self.original = original
 
 
 class Crew:
@@ -184,9 +193,27 @@ class Crew:
                 break
         rows = lambda x: as_numpy(x)[:count]  # noqa: E731
         solution, state = jax.tree.map(rows, (solution, state))
+        if alarms():
+            self._raise_alarm(block, solution, state)
         for lane in block.lanes[~running[:count]]:
             self._lane_objects.pop(int(lane), None)
         return Outcome(solution, state, running[:count])
+
+    def _raise_alarm(
+        self, block: Block, solution: Solution, state: SolverState
+    ) -> None:
+        """Raises JAX's alarm for the first lane whose solve is not finite."""
+        started = state.minimiser.step > 0
+        for name in ("nan", "inf"):
+            if not getattr(jax.config, f"jax_debug_{name}s"):
+                continue
+            is_bad = getattr(np, f"is{name}")(state.minimiser.loss) & started
+            is_bad |= getattr(np, f"is{name}")(solution.stats["grad_norm"]) & started
+            if is_bad.any():
+                lane = self.numbers[block.lanes[is_bad]][0]
+                raise FloatingPointError(
+                    f"invalid value ({name}) in the loss or the gradient of lane {lane}"
+                )
 
     def _tell(self, block: Block, before: Any, state: SolverState) -> SolverState:
         """Tells the callback of the steps that were taken; lets it stop lanes."""
@@ -203,6 +230,9 @@ class Crew:
             info = info_after(of_lane, int(of_lane.minimiser.step) - 1)
             key = self._lane_objects.setdefault(lane, Lane((int(self.numbers[lane]),)))
             told = info.told_by(key, lambda of_lane=of_lane: of_lane)
-            interrupted[row] |= asks_to_stop(self._callback(told))
+            try:
+                interrupted[row] |= asks_to_stop(self._callback(told))
+            except StopIteration as e:
+                raise CallbackStopIterationError(e) from e
         flags = lambda s: s.minimiser.interrupted  # noqa: E731
         return eqx.tree_at(flags, state, interrupted)

@@ -27,6 +27,7 @@ from .._checks import (
     check_untraced,
 )
 from .._custom_types import PyTree
+from .._debugging import no_alarms
 from .._fork import check_process
 from .._minimiser import Tolerance
 from .._optimizer import DEFAULT_OPTIMIZER, closed_over
@@ -37,7 +38,7 @@ from .._watch import watch
 from .._x64 import caller_dtype, float64_struct, inside_region
 from ._batch import digest_of, local_mesh
 from ._collect import as_arrays, solve_lanes
-from ._crew import Crew
+from ._crew import CallbackStopIterationError, Crew
 from ._journal import Journal, Layout, check_directory, is_kept
 from ._lane import LaneSetting, is_function
 from ._lanes import Lanes, as_pair, lanes_of
@@ -94,7 +95,8 @@ def sweep(
       mesh: Devices over which lanes are split, in the order of their axes. Their number
         must divide the number of lanes. Each device works by itself. If the mesh spans
         the processes of `jax.distributed`, each solves the lanes of its devices, and
-        all of them return the whole. By default it is JAX's default device.
+        all of them return the whole. By default it is JAX's default device. Inside of
+        `jax.set_mesh` lanes are not split; the mesh set there does all the work.
       progress: Whether to show lanes done, lanes failed, rate, time left and the least
         loss so far. (Of several processes, the first shows its own part.)
       checkpoint_dir: A directory in which to keep the batches that are done. The same
@@ -229,15 +231,21 @@ def sweep(
             journal.begin(identity, layout, releases)
         show = progress and not jax.process_index()
         meter = stack.enter_context(Meter(lanes.count, show=show))
-        solution = solve_lanes(crew, lanes.count, layout, journal, meter, keep_states)
-        solution = as_arrays(gather(solution, everyone), like[0])
+        try:
+            solution = solve_lanes(
+                crew, lanes.count, layout, journal, meter, keep_states
+            )
+        except CallbackStopIterationError as e:
+            raise e.original from None
+        with no_alarms():  # NaN are the rows of steps that were not taken
+            solution = as_arrays(gather(solution, everyone), like[0])
     return throw_failure(solution) if throw else solution
 
 
 def _check_mesh(mesh: Any, count: int) -> Mesh:
     """The mesh, or one of JAX's default device."""
     if mesh is None:
-        return local_mesh(list(jnp.zeros(()).devices()))
+        return local_mesh([next(iter(jnp.zeros(()).devices()))])
     if not isinstance(mesh, Mesh):
         raise TypeError(
             "`mesh` must be None or a `jax.sharding.Mesh` of devices, such as "

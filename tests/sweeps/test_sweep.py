@@ -864,14 +864,15 @@ class TestPythonCallbacks:
         np.testing.assert_array_equal(got.stats["num_steps"], 2)
         np.testing.assert_allclose(norms, want, rtol=1e-6)
 
-    def test_may_raise(self):
-        error = LookupError("the reason")
+    @pytest.mark.parametrize("kind", [LookupError, StopIteration])
+    def test_may_raise(self, kind: type[Exception]):
+        error = kind("the reason")
 
         def callback(info: CallbackArgs) -> None:
             if info.lane.index == (4,) and info.step == 2:
                 raise error
 
-        with pytest.raises(LookupError) as caught:
+        with pytest.raises(kind) as caught:
             run(20, callback=callback)
         assert caught.value is error
         # And the next sweep knows nothing of it.

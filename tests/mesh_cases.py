@@ -1,0 +1,122 @@
+"""What `test_meshes.py` checks inside a mesh: a script with a process of its own.
+
+Its argument is the type of the mesh's axis. Printed is, as JSON, for each case None or
+why it failed.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxmf_opt import optimize, solve
+from jaxmf_opt.callbacks import traced
+from jaxmf_opt.losses import Dense
+from jaxmf_opt.sweeps import sweep
+
+ROWS = np.arange(32, dtype=np.float32).reshape(8, 4) / 16
+STEPS = 4
+
+
+def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
+    start, targets = jnp.zeros(4), np.arange(2, dtype=np.float32)
+    limit: Any = {"max_optimizer_steps": STEPS}
+    steps: list[int] = []
+
+    def loss(x: Any, target: Any = 1.0) -> Any:
+        return jnp.sum((rows @ x - target) ** 2) + jnp.sum(jnp.cosh(x))
+
+    def minimum(target: Any, **options: Any) -> Any:
+        return optimize(lambda x: loss(x, target), start, **limit, **options)
+
+    def total(target: Any) -> Any:
+        return jnp.sum(minimum(target))
+
+    def of_data(rows: Any) -> Any:
+        fit = lambda x: jnp.sum((rows @ x - 1) ** 2) + jnp.sum(x**4)  # noqa: E731
+        return jnp.sum(optimize(fit, start, **limit))
+
+    def tell(info: Any) -> bool:
+        steps.append(int(info.step))
+        return info.step >= 2
+
+    def in_python(target: Any) -> Any:
+        return minimum(target, callback=tell)
+
+    def in_program(target: Any) -> Any:
+        stop = traced(lambda info: (info.step >= 2) | (jnp.sum(rows) < 0))
+        return minimum(target, callback=stop)
+
+    def resumed() -> Any:
+        half = solve(loss, start, max_optimizer_steps=2, history=True)
+        whole = solve(loss, start, state=half.state, **limit)
+        return half.stats["history"].loss, whole.value
+
+    def swept(**options: Any) -> Any:
+        solution = sweep(loss, start, targets, **limit, **options)
+        return solution.value, solution.stats["num_steps"]
+
+    dense = Dense(8)
+    return {
+        "eager": lambda: minimum(1.0),
+        "jit": lambda: jax.jit(minimum)(1.0),
+        "vmap": lambda: jax.vmap(minimum)(targets),
+        "jit of vmap": lambda: jax.jit(jax.vmap(minimum))(targets),
+        "grad": lambda: jax.grad(total)(1.0),
+        "vmap of grad": lambda: jax.vmap(jax.grad(total))(targets),
+        "gradient of data": lambda: jax.jit(jax.grad(of_data))(rows),
+        "callback": lambda: (in_python(1.0), steps),
+        "callback, jit": lambda: jax.jit(in_python)(1.0),
+        "callback, jit of vmap": lambda: jax.jit(jax.vmap(in_python))(targets),
+        "traced": lambda: in_program(1.0),
+        "traced, vmap": lambda: jax.vmap(in_program)(targets),
+        "history and state": resumed,
+        "sweep": swept,
+        "sweep, callback, mesh": lambda: swept(
+            callback=tell, mesh=jax.make_mesh((2,), ("lanes",))
+        ),
+        "dense": lambda: optimize(
+            dense.loss_and_gradient, dense.initial_params(), grad=True, **limit
+        ),
+    }
+
+
+def arrays_of(fn: Callable[[], Any]) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(fn())]
+
+
+# Devices, the axis over which the data is split, and which cases: None for all.
+MESHES = (
+    (2, "data", None),
+    (1, "data", ("jit of vmap",)),
+    (2, None, ("grad", "sweep")),
+    (4, "data", ("callback, jit",)),
+)
+
+
+def main(kind: str) -> None:
+    want = {name: arrays_of(fn) for name, fn in cases(jnp.asarray(ROWS)).items()}
+    failures: dict[str, str | None] = {}
+    for devices, axis, names in MESHES:
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType[kind],))
+        jax.set_mesh(mesh)
+        rows = jax.device_put(ROWS, NamedSharding(mesh, PartitionSpec(axis)))
+        fns = cases(rows)
+        for name in names or fns:
+            try:
+                for a, b in zip(arrays_of(fns[name]), want[name], strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+                why = None
+            except Exception as e:
+                why = f"{type(e).__name__}: {e}"[:500]
+            failures[f"{name}, {axis} on {devices}"] = why
+    print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
