@@ -116,17 +116,16 @@ def _contents(cell: types.CellType) -> Any:
 
 def _is_of_library(fn: types.FunctionType) -> bool:
     """Whether a function is a library's, by its globals: a name can be copied."""
-    module = fn.__globals__.get("__name__")
-    return (
-        _is_library(module)
-        and getattr(sys.modules.get(module), "__dict__", None) is fn.__globals__
-    )
+    module: Any = fn.__globals__.get("__name__")
+    if not _is_library(module):
+        return False
+    return getattr(sys.modules.get(module), "__dict__", None) is fn.__globals__
 
 
 def _is_in_library(part: Any, name: str) -> bool:
     """Whether something is what a library calls by its name."""
-    module = getattr(part, "__module__", None)
-    places = (module, "jax.numpy", "jax.lax", "builtins")
+    module: Any = getattr(part, "__module__", None)
+    places: tuple[Any, ...] = (module, "jax.numpy", "jax.lax", "builtins")
     return any(
         _is_library(place) and getattr(sys.modules.get(place), name, None) is part
         for place in places
@@ -162,7 +161,7 @@ def closed_over(optimizer: Any) -> list[Any]:
                 if isinstance(part, (jax.Array, np.ndarray)):
                     found.append(part)
                 inside = list(getattr(part, "__dict__", {}).values())
-                inside += [part.__wrapped__] if hasattr(part, "__wrapped__") else []
+                inside.append(getattr(part, "__wrapped__", None))
             else:
                 inside = leaves
         for x in inside:

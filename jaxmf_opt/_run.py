@@ -331,8 +331,7 @@ class Recipe:
           The new `y`, `opt_state` and `tally`, and what else is told.
         """
         state = self.start(y).minimiser
-        if before is None:
-            before = (None, None, None, state.first_loss)
+        of_last: Any = before or (None, None, None, state.first_loss)
         row = None
         if self._history is not None:
             row = History.of_no_steps(1)
@@ -340,7 +339,7 @@ class Recipe:
             *(s.opt_state, s.evaluations, s.history),
             *(s.update, s.loss_before, s.grad_before, s.first_loss),
         )
-        new_parts = (opt_state, Evaluations(*tally[1:]), row, *before)
+        new_parts = (opt_state, Evaluations(*tally[1:]), row, *of_last)
         state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
         minimiser = LeanOptaxMinimiser(
             self.optimizer, *self._tolerances(tolerances or Tolerances())

@@ -31,7 +31,7 @@ from jaxmf_opt import (
     jax_enable_x64,
     traced,
 )
-from jaxmf_opt._run import compiled
+from jaxmf_opt._run import _compiled as compiled
 from jaxmf_opt._start import start
 from jaxmf_opt.robust import robust_lbfgs
 

@@ -16,7 +16,7 @@ from compiling import compilations
 from jaxtyping import PyTree
 
 from jaxmf_opt import CallbackArgs, optimize
-from jaxmf_opt._run import compiled
+from jaxmf_opt._run import _compiled as compiled
 
 START = {"x": np.array([1.2, -0.5], np.float32), "y": np.float32(2.0)}
 

@@ -293,13 +293,13 @@ def test_a_step_that_is_changed_behind_the_line_search():
         loss, jnp.zeros(2), optimizer=halved, max_optimizer_steps=3, history=True
     )
     with jax.enable_x64():
-        x = jnp.zeros(2)
+        x: Any = jnp.zeros(2)
         state, losses = halved.init(x), []
         for _ in range(3):
             value, grad = jax.value_and_grad(loss)(x)
             losses.append(value)
             extra = {"value": value, "grad": grad, "value_fn": loss}
             step, state = halved.update(grad, state, x, **extra)
-            x = x + step
+            x = optax.apply_updates(x, step)
     history: Any = solution.stats["history"]
     np.testing.assert_allclose(history.loss, losses, rtol=1e-6)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def test_a_name_that_is_copied_from_a_library_is_not_the_library():
 
     @functools.wraps(optax.constant_schedule(0.1))
     def schedule(count: Any) -> float:
-        return rate  # noqa: F821, a global that is bound below
+        return globals()["rate"]
 
     globals()["rate"] = 0.1
     assert optimizer_key(optax.sgd(schedule)) is None
@@ -111,7 +111,9 @@ def test_a_variable_that_is_not_set():
         for wrap in (lambda f: f), jax.jit:
             minimum = wrap(
                 lambda c, optimizer=optimizer: optimize(
-                    lambda x: (x - c.astype(x.dtype)) ** 2, 0.0, optimizer=optimizer
+                    lambda x: (x - c.astype(x.dtype)) ** 2,
+                    jnp.zeros(()),
+                    optimizer=optimizer,
                 )
             )
             assert float(minimum(jnp.ones(()))) == pytest.approx(1.0, abs=1e-3)
@@ -171,7 +173,7 @@ def exported() -> Iterator[tuple[str, optax.GradientTransformation]]:
         if isinstance(made, optax.GradientTransformation):
             yield name, made
         elif callable(made) and _is_schedule(made):
-            yield name, optax.sgd(made)
+            yield name, optax.sgd(cast(Any, made))
 
 
 def _is_schedule(fn: Any) -> bool:

@@ -15,7 +15,8 @@ import pytest
 
 from jaxmf_opt import optimize
 from jaxmf_opt._objective import trace
-from jaxmf_opt._run import Recipe, compiled
+from jaxmf_opt._run import Recipe
+from jaxmf_opt._run import _compiled as compiled
 from jaxmf_opt._structure import CACHE_SIZE
 
 
