@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-
 _config: Any = jax.config  # its attributes have no types
 
 
