@@ -64,8 +64,6 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
     dense = Dense(8)
     return {
         "eager": lambda: minimum(1.0),
-        "jit": lambda: jax.jit(minimum)(1.0),
-        "vmap": lambda: jax.vmap(minimum)(targets),
         "jit of vmap": lambda: jax.jit(jax.vmap(minimum))(targets),
         "grad": lambda: jax.grad(total)(1.0),
         "vmap of grad": lambda: jax.vmap(jax.grad(total))(targets),
@@ -73,7 +71,6 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
         "callback": lambda: (in_python(1.0), steps),
         "callback, jit": lambda: jax.jit(in_python)(1.0),
         "callback, jit of vmap": lambda: jax.jit(jax.vmap(in_python))(targets),
-        "traced": lambda: in_program(1.0),
         "traced, vmap": lambda: jax.vmap(in_program)(targets),
         "history and state": resumed,
         "sweep": swept,
@@ -94,7 +91,7 @@ def arrays_of(fn: Callable[[], Any]) -> list[np.ndarray]:
 MESHES = (
     (2, "data", None),
     (1, "data", ("jit of vmap",)),
-    (2, None, ("grad", "sweep")),
+    (2, None, ("sweep",)),
     (4, "data", ("callback, jit",)),
 )
 
