@@ -1,7 +1,9 @@
 """What optax's line searches leave in the state of an optimizer."""
 
+import types
+import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,55 +32,44 @@ def _is_linesearch(update: Any) -> bool:
     code = getattr(update, "__code__", None)
     if code in _LINESEARCHES:
         return True
-    inner = _KEEP_THE_STEP.get(code)
-    if inner is None:
-        return False
-    try:
-        contents = [cell.cell_contents for cell in update.__closure__]
-    except ValueError:
-        return False
-    closed_over = dict(zip(update.__code__.co_freevars, contents, strict=True))
-    return _is_linesearch(inner(closed_over))
+    if code is not None and code is _CHAIN:
+        names = update.__code__.co_freevars
+        cell = update.__closure__[names.index("update_fns")]
+        return _is_linesearch(cell.cell_contents[-1])
+    if isinstance(update, types.FunctionType) and update in _keeping:
+        return _is_linesearch(_keeping[update])
+    return False
+
+
+def keeps_the_step(
+    optimizer: optax.GradientTransformationExtraArgs,
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Declares that a transformation moves to the point that another accepts.
+
+    Args:
+      optimizer: A transformation around a line search.
+      inner: The line search.
+
+    Returns:
+      `optimizer`.
+    """
+    # By the function itself: `functools.wraps` copies names and attributes.
+    _keeping[cast(types.FunctionType, optimizer.update)] = inner.update
+    return optimizer
 
 
 def _code(optimizer: optax.GradientTransformation) -> Any:
     return getattr(optimizer.update, "__code__", None)
 
 
-_LINESEARCHES: set[Any] = {
+_CHAIN = _code(optax.chain(optax.identity(), optax.identity()))
+_LINESEARCHES = {
     _code(optax.scale_by_zoom_linesearch(1)),
     _code(optax.scale_by_backtracking_linesearch(1)),
 } - {None}
-
-# Transformations around others that do not change the step, by their code: where in
-# what they close over the inner one is.
-_KEEP_THE_STEP: dict[Any, Callable[[dict[str, Any]], Any]] = {
-    _code(optax.chain(optax.identity(), optax.identity())): lambda c: c["update_fns"][
-        -1
-    ]
-}
-
-
-def keeps_the_step(
-    optimizer: optax.GradientTransformationExtraArgs, inner: str
-) -> optax.GradientTransformationExtraArgs:
-    """Declares that a transformation moves to the point that another accepts.
-
-    Args:
-      optimizer: A transformation around a line search.
-      inner: The name by which its update closes over that, or over what makes it of a
-        relative tolerance.
-
-    Returns:
-      `optimizer`.
-    """
-
-    def update_of(closed_over: dict[str, Any]) -> Any:
-        search = closed_over[inner]
-        return getattr(search, "update", None) or search(0.0).update
-
-    _KEEP_THE_STEP[_code(optimizer)] = update_of
-    return optimizer
+_keeping: weakref.WeakKeyDictionary[types.FunctionType, Any]
+_keeping = weakref.WeakKeyDictionary()
 
 
 def stored(opt_state: PyTree, y: PyTree) -> _LineSearchState | None:

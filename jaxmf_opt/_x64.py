@@ -287,10 +287,20 @@ def _restage(fn: Callable[..., Any], avals: Sequence[Any]) -> jex.ClosedJaxpr:
         return jax.make_jaxpr(fn)(*map(struct, avals))
 
 
-def _arrays(operands: Sequence[Any]) -> list[Any]:
-    """Makes arrays of the typed literals that JAX puts in the place of scalars."""
+def _arrays(operands: Sequence[Any], avals: Sequence[Any] = ()) -> list[Any]:
+    """Makes arrays of the literals and NumPy arrays that stand in the place of some.
+
+    Args:
+      operands: The operands.
+      avals: Their types, where they are known. In a float32 program, JAX may hold a
+        NumPy array of float64 and say that it is float32.
+    """
     with inside_region():
-        return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
+        dtypes = [a.dtype for a in avals] or [None] * len(operands)
+        return [
+            x if isinstance(x, jax.Array) else jnp.asarray(x, d)
+            for x, d in zip(operands, dtypes, strict=True)
+        ]
 
 
 def struct(x: Any) -> jax.ShapeDtypeStruct:
@@ -319,9 +329,9 @@ def _impl(*args: Any, jaxpr: jex.ClosedJaxpr, rule: Any) -> list[Array]:
     with inside_region():
         run = compiled(jaxpr)
         if not calls_host(jaxpr.jaxpr):
-            return run(*_arrays(args))
+            return run(*_arrays(args, jaxpr.in_avals))
         with OriginalExceptions():
-            return jax.block_until_ready(run(*_arrays(args)))
+            return jax.block_until_ready(run(*_arrays(args, jaxpr.in_avals)))
 
 
 @region_p.def_effectful_abstract_eval
@@ -378,7 +388,7 @@ def _jvp(
     jaxpr: jex.ClosedJaxpr,
     rule: _Rule | _BatchedRule | None,
 ) -> tuple[list[Any], list[Any]]:
-    primals = _arrays(primals)
+    primals = _arrays(primals, jaxpr.in_avals)
     # (A tangent may be a Python number.)
     tangents = [t if _is_zero(t) else _arrays([t])[0] for t in tangents]
     if rule is not None:
@@ -469,7 +479,7 @@ def _batch(
         axis_name=axis_data.name,
         spmd_axis_name=axis_data.spmd_name,
     )
-    args = _arrays(args)
+    args = _arrays(args, jaxpr.in_avals)
     closed = _restage(batched, [jax.typeof(x) for x in args])
     if rule is not None:
         axis = (axis_data.size, axis_data.name, axis_data.spmd_name)

@@ -284,7 +284,7 @@ def finite_trials(
         )
 
     keeping = optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
-    return keeps_the_step(keeping, "search")
+    return keeps_the_step(keeping, search)
 
 
 def refuse_uphill(
@@ -324,7 +324,7 @@ def refuse_uphill(
         return _where(accept, (step, new), (optax.tree.zeros_like(step), stay))
 
     keeping = optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
-    return keeps_the_step(keeping, "search")
+    return keeps_the_step(keeping, search)
 
 
 def rounding_floor(
@@ -374,7 +374,7 @@ def rounding_floor(
         return step, (largest, inner)
 
     keeping = optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
-    return keeps_the_step(keeping, "search")
+    return keeps_the_step(keeping, search(rtol))
 
 
 def robust_lbfgs(
