@@ -96,6 +96,8 @@ def _setting(rng: Rng, devices: int) -> _Setting:
     x64, partitionable = (bool(rng.random() < p) for p in (0.5, 0.75))
     mesh, explicit, split = rng.integers(3), *(rng.random(2) < 0.5)
     number = None if devices == 1 else min(devices, (1, 2, 4)[mesh])
+    # (On an explicit axis, JAX itself refuses an index or a loop over what is split.)
+    split &= ~explicit
     return _Setting(x64, partitionable, number, bool(explicit), bool(split))
 
 

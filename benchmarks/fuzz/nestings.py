@@ -315,7 +315,7 @@ def draw(rng: Rng, max_order: int, *, values_only: bool = False) -> list[Nesting
     max_order = min(max_order, int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2])))
     chosen: list[Nesting] = []
     order, cost, no_reverse, no_forward = 0, 1, False, False
-    while len(chosen) < depth:
+    while len(chosen) < max(depth, 1):
         if not values_only and rng.random() < 0.45:
             new = DERIVATIVES[rng.integers(len(DERIVATIVES))]
         else:

@@ -211,7 +211,7 @@ def _linear_solver(rng: Rng, problem: Problem) -> tuple[str, Any]:
         ("LSMR", lx.LSMR(rtol=1e-14, atol=0.0, conlim=1e12)),
     ]
     if problem.symmetric:
-        choices.append(("CG", lx.CG(rtol=1e-13, atol=0.0)))
+        choices.append(("CG", lx.CG(rtol=1e-13, atol=1e-14)))
     return choices[rng.integers(len(choices))]
 
 
