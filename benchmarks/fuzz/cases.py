@@ -222,6 +222,7 @@ def _of_closed_form(rng: Rng, setting: _Setting) -> _Case:
     problem = problems.draw(rng)
     asked = options.draw(rng, problem)
     ways = nestings.draw(rng, problem.max_order)
+    asked = options.moving(asked, problem, rng.spawn(1)[0])
     order = sum(way.order for way in ways)
     values, c = _point(rng, problem.size, setting)
     is_bilevel = (

@@ -50,6 +50,7 @@ class Options:
       layout: How the vector `y` is a pytree.
       full_answer: Whether `solve` is called and not `optimize`.
       matrix_free: Whether derivatives are to go without a matrix.
+      moving: What else depends on `c`, though the minimum does not depend on it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Options:
     layout: "Layout"
     full_answer: bool
     matrix_free: bool
+    moving: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Layout:
                 return cast(tree[0])[:, 0]
         return cast(tree)
 
-    def start(self, y: np.ndarray, dtype: Any) -> Any:
+    def start(self, y: Any, dtype: Any) -> Any:
         """Where to start."""
         if self.dtype == "number":
             return self.pack(y.tolist() if self.kind == "tuple" else y, self.extra)
@@ -274,12 +276,42 @@ def few_steps(options: Options, rng: Rng) -> Options:
     return dataclasses.replace(options, name=name, settings=settings, resume=resume)
 
 
+def moving(options: Options, problem: Problem, rng: Rng) -> Options:
+    """The same, of which some depends on `c` that does not move the minimum."""
+    possible = []
+    if problem.length == problem.size and options.layout.dtype in (None, jnp.float32):
+        possible.append("start")
+    if "gtol" in options.settings:
+        possible.append("gtol")
+    if options.optimizer == "sgd":
+        possible.append("rate")
+    if options.settings.get("callback") is never:
+        possible.append("callback")
+    chosen = tuple(name for name in possible if rng.random() < 0.3)
+    name = ", ".join([options.name, *(f"moving {name}" for name in chosen)])
+    return dataclasses.replace(options, name=name, moving=chosen)
+
+
+def _arguments(problem: Problem, options: Options, c: Any) -> tuple[Any, Any, Any]:
+    """Loss, start and settings of a call."""
+    start, settings = problem.start, dict(options.settings)
+    small = jnp.tanh(c[0]) / 8
+    if "start" in options.moving:
+        start = jnp.asarray(start, c.dtype) + jnp.tanh(c) / 8
+    if "gtol" in options.moving:
+        settings["gtol"] = 1e-13 * (1 + small)
+    if "rate" in options.moving:
+        settings["optimizer"] = optax.sgd(0.125 * (1 + small))
+    if "callback" in options.moving:
+        settings["callback"] = traced(lambda info: jnp.isnan(info.loss) | (small > 2))
+    layout = options.layout
+    return layout.loss(problem, c), layout.start(start, c.dtype), settings
+
+
 def solve(problem: Problem, options: Options, c: Any) -> Any:
     """The whole answer."""
-    loss = options.layout.loss(problem, c)
-    start = options.layout.start(problem.start, c.dtype)
+    loss, start, settings = _arguments(problem, options, c)
     call = functools.partial(jaxmf_opt.solve, loss, start)
-    settings = options.settings
     if options.resume is None:
         return call(**settings)
     first = call(**{**settings, "max_optimizer_steps": options.resume})
@@ -293,9 +325,8 @@ def minimum(problem: Problem, options: Options) -> Callable[[Any], Any]:
         if options.full_answer:
             value = solve(problem, options, c).value
         else:
-            loss = options.layout.loss(problem, c)
-            start = options.layout.start(problem.start, c.dtype)
-            value = jaxmf_opt.optimize(loss, start, **options.settings)
+            loss, start, settings = _arguments(problem, options, c)
+            value = jaxmf_opt.optimize(loss, start, **settings)
         return problem.read(options.layout.unpack(value, c.dtype))
 
     return fn
