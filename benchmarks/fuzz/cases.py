@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import traceback
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -224,6 +225,8 @@ def _of_closed_form(rng: Rng, setting: _Setting) -> _Case:
     ways = nestings.draw(rng, problem.max_order)
     asked = options.moving(asked, problem, rng.spawn(1)[0])
     order = sum(way.order for way in ways)
+    if order * math.prod(way.cost for way in ways) > 2:
+        asked = options.with_matrix(asked)
     values, c = _point(rng, problem.size, setting)
     is_bilevel = (
         rng.random() < 0.15

@@ -265,6 +265,16 @@ def draw(rng: Rng, problem: Problem) -> Options:
     return Options(text, name, settings, resume, exact, layout, full, no_matrix)
 
 
+def with_matrix(options: Options) -> Options:
+    """The same, with the default solver of linear systems.
+
+    Without a matrix, higher derivatives of several solves take minutes to trace.
+    """
+    settings = {k: v for k, v in options.settings.items() if k != "linear_solver"}
+    name = f"{options.name}, with a matrix"
+    return dataclasses.replace(options, name=name, settings=settings, matrix_free=False)
+
+
 def few_steps(options: Options, rng: Rng) -> Options:
     """The same, stopped after some steps, long before the minimum."""
     steps = int(rng.integers(1, 7))
