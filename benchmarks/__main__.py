@@ -1,4 +1,7 @@
-"""Runs every benchmark: `python -m benchmarks` (from the root of the repository)."""
+"""Runs every benchmark: `python -m benchmarks` (from the root of the repository).
+
+But for the fuzzer, which takes hours: `python -m benchmarks.fuzz`.
+"""
 
 from . import callbacks, calls, comparison, losses, regions, steps, sweeps
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
@@ -27,7 +28,7 @@ from ._select import cond, select, select_if_batched
 from ._state import Evaluated, Evaluations, History, MinimiserState
 
 # A tolerance: a number, or an array so that it can be batched.
-Tolerance: TypeAlias = float | int | Float[Array, ""]
+Tolerance: TypeAlias = float | int | np.number | Float[Array | np.ndarray, ""]
 
 
 class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):

@@ -72,6 +72,7 @@ def main() -> None:
     for optimizer in (DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER, optax.adam(0.1)):
         optimize(loss, start, optimizer=optimizer, callback=both, rtol=1e-6)
     optimize(loss, start, callback=lambda info: info.step > 3, gtol=jnp.array(1e-9))
+    optimize(loss, start, rtol=np.float32(1e-6), atol=np.float64(0), gtol=np.array(0.0))
 
     # The whole answer.
     solution = solve(loss, start, history=True)
