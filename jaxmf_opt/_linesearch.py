@@ -29,7 +29,6 @@ def ends_with_linesearch(optimizer: optax.GradientTransformation) -> bool:
 
 
 def _is_linesearch(update: Any) -> bool:
-    update = _without_checks(update)
     code = getattr(update, "__code__", None)
     if code in _LINESEARCHES:
         return True
@@ -60,18 +59,8 @@ def keeps_the_step(
     return optimizer
 
 
-def _without_checks(update: Any) -> Any:
-    """A function without the checks of annotations that jaxtyping puts around it.
-
-    They have one code for all functions. (By its globals: a name could be copied.)
-    """
-    while getattr(update, "__globals__", {}).get("__name__") == "jaxtyping._decorator":
-        update = update.__wrapped__
-    return update
-
-
 def _code(optimizer: optax.GradientTransformation) -> Any:
-    return getattr(_without_checks(optimizer.update), "__code__", None)
+    return getattr(optimizer.update, "__code__", None)
 
 
 _CHAIN = _code(optax.chain(optax.identity(), optax.identity()))
