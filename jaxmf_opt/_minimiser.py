@@ -82,8 +82,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             minimiser, which is a pytree.
           rtol: Relative tolerance of the Cauchy criterion: stop once a step is smaller
             than `atol + rtol * abs(y)` and has changed the loss by less than
-            `atol + rtol * abs(loss)`. A step that is exactly zero (a warm-up schedule,
-            a `MultiSteps` that accumulates) is no sign of convergence.
+            `atol + rtol * abs(loss)`. A small step alone is no sign of convergence: the
+            gradient has to be small, too, relatively to loss and parameters and to the
+            curvature that the step has met.
           atol: Absolute tolerance of the Cauchy criterion.
           gtol: Stop once `norm` of the gradient is at most this. All three tolerances
             are off by default; if any is on, a gradient of exactly 0 stops too.

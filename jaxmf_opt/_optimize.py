@@ -59,13 +59,15 @@ def optimize(
       optimizer: Any optax transformation, with or without a line search.
       rtol: Relative tolerance: stop once a step is smaller than
         `atol + rtol * abs(params)` and changes the loss by less than
-        `atol + rtol * abs(loss)`, in all elements. With all three tolerances at 0, as
-        in upstream, the solve takes all its steps.
+        `atol + rtol * abs(loss)`, in all elements, and the gradient is as small as at a
+        minimum. With all three tolerances at 0, as in upstream, the solve takes all its
+        steps.
       atol: Absolute tolerance of the same criterion.
       gtol: Stop once no element of the gradient is larger than this.
       linear_solver: Solves the linear system of the derivative of the minimum, if one
-        is taken. By default a pseudo-inverse up to 256 parameters, and LSMR, without
-        a matrix, above.
+        is taken. By default a factorisation up to 2,048 parameters, and above them
+        conjugate gradients and LSMR, without a matrix. Where the system was not solved
+        the derivative is NaN.
 
     Returns:
       The parameters that approximately minimise the loss locally, with the structure
