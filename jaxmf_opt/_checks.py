@@ -68,7 +68,7 @@ def check_params(params: PyTree) -> None:
                 f"{where} must fit in 64 bits if it is an int, got {leaf}. Make it a "
                 "float."
             )
-        if not dtype.isnative:
+        if not getattr(dtype, "isnative", True):
             raise TypeError(
                 f"{where} must be in the byte order of this machine, got dtype "
                 f"{dtype.str!r}. Convert it by "

@@ -138,8 +138,9 @@ def _trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Object
         loss, gradient = _check_pair(out) if grad else (out, None)
         if not grad and isinstance(out, (tuple, list)) and len(out) == 2:
             raise TypeError(
-                "optimize: `loss_fn` must return a real floating-point scalar, got a "
-                "pair. If it returns its gradient too, say so by grad=True."
+                "optimize: `loss_fn` must return a real floating-point scalar, got "
+                f"{_describe(out)}. If it returns its gradient too, say so by "
+                "grad=True."
             )
         out = [_check_loss(loss)]
         if grad:

@@ -40,6 +40,7 @@ optimize: Any = jaxmf_opt.optimize
 solve: Any = jaxmf_opt.solve
 
 Y = np.array([1.0, 2.0])
+SPARSE = BCOO.fromdense(jnp.eye(2))
 
 
 class Bad(NamedTuple):
@@ -179,10 +180,10 @@ BAD: dict[str, Bad] = {
         lambda: np.ones(2, ">f8"), TypeError, "byte order", "'>f8'"
     ),
     "params that are sparse": with_params(
-        lambda: BCOO.fromdense(jnp.eye(2)), TypeError, "sparse array", "`data`"
+        lambda: SPARSE, TypeError, "sparse array", "`data`"
     ),
     "a loss and a gradient": with_loss(
-        lambda y: (square(y), y), TypeError, "a pair", "grad=True"
+        lambda y: (square(y), y), TypeError, "scalar", "grad=True"
     ),
     "a loss that checks": with_loss(checked, ValueError, "`checkify.check`"),
     "history of a long run": Bad(

@@ -29,7 +29,7 @@ def local_mesh(devices: list[Any]) -> Mesh:
     Inside of `jax.set_mesh` types may name that mesh, so its programs must run on it,
     and lanes are not split: all its devices work on each.
     """
-    if not jax.sharding.get_mesh().empty:
+    if not mesh_around().empty:
         devices = devices[:1]
     return Mesh(np.array(devices), (_DEVICES,))
 
@@ -104,6 +104,14 @@ class BatchProgram:
         return digest_of(self._text_digest, *self._consts)
 
 
+def mesh_around() -> Mesh:
+    """The mesh of `jax.set_mesh`; none while a program is traced."""
+    try:
+        return jax.sharding.get_mesh()
+    except (AssertionError, ValueError):
+        return Mesh(np.empty((), object), ())
+
+
 def digest_of(*parts: Any) -> str:
     """A digest of texts and arrays."""
     sha = hashlib.sha256()
@@ -120,7 +128,7 @@ def digest_of(*parts: Any) -> str:
 def _sharding(mesh: Mesh, spec: P) -> Sharding:
     if mesh.size > 1:
         return NamedSharding(mesh, spec)
-    around = jax.sharding.get_mesh()
+    around = mesh_around()
     if not around.empty:  # each of its devices does the same, on its part of the data
         return NamedSharding(around, P())
     return SingleDeviceSharding(mesh.devices.flat[0])
@@ -128,9 +136,7 @@ def _sharding(mesh: Mesh, spec: P) -> Sharding:
 
 def _place(const: Array, mesh: Mesh) -> Array:
     """Puts what all lanes share on all devices; leaves what a mesh around has split."""
-    if mesh.size == 1 and const.sharding.device_set == set(
-        jax.sharding.get_mesh().devices.flat
-    ):
+    if mesh.size == 1 and const.sharding.device_set == set(mesh_around().devices.flat):
         return const
     return jax.device_put(const, _sharding(mesh, P()))
 

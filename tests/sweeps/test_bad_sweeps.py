@@ -523,7 +523,7 @@ BAD: dict[str, Bad] = {
     ),
     "a solution": going_on(
         lambda: sweep(square, Y, H, optimizer=SGD, max_optimizer_steps=1),
-        *("got 22", "int32[4]"),
+        *("got 23", "int32[4]"),
         late=True,
     ),
     "state of another loss": going_on(
