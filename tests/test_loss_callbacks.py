@@ -72,7 +72,10 @@ def test_complex_numbers_and_integers():
         goal = z.real - 2 * THIRD + (n - 2**40).astype(y.dtype)
         return (y - goal) ** 2
 
-    assert float(jax.jit(lambda: optimize(loss, 0.0, max_optimizer_steps=5))()) == 1.0
+    assert (
+        float(jax.jit(lambda: optimize(loss, jnp.zeros(()), max_optimizer_steps=5))())
+        == 1.0
+    )
     assert {(str(z), str(n)) for z, n in seen} == {("complex128", "int64")}
 
 
@@ -81,6 +84,6 @@ def test_an_ordered_print(capfd: pytest.CaptureFixture[str]):
         jax.debug.print("at {}", y, ordered=True)
         return (y - 1.0) ** 2
 
-    jax.jit(lambda: optimize(loss, 0.0, max_optimizer_steps=1))()
+    jax.jit(lambda: optimize(loss, jnp.zeros(()), max_optimizer_steps=1))()
     jax.effects_barrier()
     assert capfd.readouterr().out.startswith("at 0.0\nat 1.0\n")

@@ -138,8 +138,8 @@ def directory(job: Job) -> Path:
 class EachBlock(Journal):
     """Keeps each block in a file of its own."""
 
-    def __init__(self, directory: Any, identity: Any):
-        super().__init__(directory, identity, every=0.0)
+    def __init__(self, directory: Any):
+        super().__init__(directory, every=0.0)
 
 
 class Killed(EachBlock):

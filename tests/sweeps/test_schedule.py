@@ -49,6 +49,7 @@ class TestAGeneration:
         end = 0
         for block in job.blocks():
             np.testing.assert_array_equal(job.remaining[block.rows], block.lanes)
+            assert isinstance(block.rows, slice)
             assert block.rows.start == end
             end = block.rows.stop
         assert end == job.remaining.size
