@@ -149,6 +149,21 @@ def test_of_dense_mechanisms_in_a_sweep(monkeypatch: pytest.MonkeyPatch):
     assert not any(map(kernels_of_batches, filter(lambda t: "@lapack" in t, texts)))
 
 
+@needed
+def test_of_dense_mechanisms_in_programs_of_the_user():
+    dense = Dense(N, min_sep=4, max_participations=6)
+    grams = jnp.stack([dense.initial_params()] * LANES)
+
+    @jax.jit
+    @jax.vmap
+    def all_of_it(gram: jax.Array) -> Any:
+        slope = jax.grad(lambda gram: dense.loss_and_gradient(gram)[0])(gram)
+        errors, noising = dense.per_query_error(gram), dense.noising_matrix(gram)
+        return dense.loss_and_gradient(gram), slope, errors, noising
+
+    assert not kernels_of_batches(all_of_it.lower(grams).as_text())
+
+
 # What stood still within its first call, in processes with two threads.
 STANDS_STILL = """
 import jax, jax.numpy as jnp

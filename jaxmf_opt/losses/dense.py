@@ -21,6 +21,7 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._x64 import x64_region
 from . import _toeplitz
 from ._setup import (
     Count,
@@ -192,7 +193,7 @@ class Dense(eqx.Module):
           ValueError: If they have the wrong shape.
         """
         workload, factor = self._workload_and_factor(params)
-        half = jsl.solve_triangular(factor, workload.T, lower=True)
+        half = _solve(factor, workload.T)
         errors = jnp.sum(half**2, axis=0)
         # The derivative of the largest error, shared by those that are as large.
         largest = (errors == jnp.max(errors)).astype(errors.dtype)
@@ -200,7 +201,7 @@ class Dense(eqx.Module):
         weights = jnp.where(self.max_error, largest, mean)
         n = jnp.asarray(self.n, errors.dtype)
         weights /= jnp.where(self.max_error, jnp.sum(largest), n)
-        whole = jsl.solve_triangular(factor, half, lower=True, trans=1)
+        whole = _solve(factor, half, transposed=True)
         gradient = -jnp.matmul(whole * weights[None, :], whole.T, precision=_HIGHEST)
         loss = jnp.sum(errors * weights)
         return self._or_nan(loss), self._or_nan(self._project(gradient))
@@ -220,7 +221,7 @@ class Dense(eqx.Module):
           ValueError: If they have the wrong shape.
         """
         workload, factor = self._workload_and_factor(params)
-        half = jsl.solve_triangular(factor, workload.T, lower=True)
+        half = _solve(factor, workload.T)
         return self._or_nan(jnp.sum(half**2, axis=0))
 
     def sensitivity_squared(self, params: Matrix) -> Float[Array, ""]:
@@ -275,7 +276,7 @@ class Dense(eqx.Module):
           ValueError: If they have the wrong shape.
         """
         gram = self._gram(params)
-        return self._or_nan(jnp.linalg.cholesky(gram[::-1, ::-1]).T[::-1, ::-1])
+        return self._or_nan(_cholesky(gram[::-1, ::-1]).T[::-1, ::-1])
 
     def noising_matrix(self, params: Matrix) -> Float[Array, "max_n max_n"]:
         """The inverse of the strategy, by which noise is correlated.
@@ -292,7 +293,7 @@ class Dense(eqx.Module):
         """
         strategy = self.strategy_matrix(params)
         eye = jnp.eye(self.max_n, dtype=strategy.dtype)
-        return jsl.solve_triangular(strategy, eye, lower=True)
+        return _solve(strategy, eye)
 
     @property
     def _inside(self) -> Bool[Array, " max_n"]:
@@ -328,7 +329,7 @@ class Dense(eqx.Module):
         workload = jnp.tri(self.max_n) if workload is None else jnp.asarray(workload)
         dtype = np.promote_types(workload.dtype, gram.dtype)
         workload = jnp.where(self._both_inside, workload, 0.0).astype(dtype)
-        return workload, jnp.linalg.cholesky(gram.astype(dtype))
+        return workload, _cholesky(gram.astype(dtype))
 
     def _gram(self, params: Matrix) -> Array:
         """The parameters; beyond the steps, those of the identity."""
@@ -371,6 +372,19 @@ class Dense(eqx.Module):
 
     def _or_nan(self, x: Array) -> Array:
         return Requirements(self.valid).or_nan(x)
+
+
+# In a batch, these kernels can wait for ever where the user has made the program. In a
+# region, which leaves the dtypes of its operands alone, they cannot: see `_lapack`.
+def _cholesky(x: Array) -> Array:
+    return x64_region(jnp.linalg.cholesky, x)
+
+
+def _solve(factor: Array, rhs: Array, *, transposed: bool = False) -> Array:
+    def solve(factor: Array, rhs: Array) -> Array:
+        return jsl.solve_triangular(factor, rhs, lower=True, trans=int(transposed))
+
+    return x64_region(solve, factor, rhs)
 
 
 _HIGHEST = jax.lax.Precision.HIGHEST
