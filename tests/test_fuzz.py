@@ -1,4 +1,4 @@
-"""Some cases of the fuzzer, of those that are quick.
+"""Some cases of the fuzzer, of those that compile quickly.
 
 `python -m benchmarks.fuzz` runs a thousand.
 """
@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.fuzz import cases
 
-NUMBERS = [7, 8, 10, 14, 23, 24, 27, 33, 66, 67, 71, 76, 113, 123, 126, 128, 140, 143]
-NUMBERS += [145, 148, 149, 168]
+NUMBERS = [8, 10, 23, 24, 27, 33, 58, 66, 67, 71, 76, 113, 123, 126, 131, 143, 145, 149]
+NUMBERS += [168, 42]
 
 
 @pytest.mark.mixes
@@ -16,3 +16,4 @@ NUMBERS += [145, 148, 149, 168]
 def test_case(number: int):
     outcome = cases.run(number)
     assert outcome.failure is None, f"case {number}: {outcome.text}"
+    assert outcome.skipped is None
