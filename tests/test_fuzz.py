@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.fuzz import cases
 
-NUMBERS = [8, 10, 23, 24, 27, 33, 58, 66, 67, 71, 76, 113, 123, 126, 131, 143, 145, 149]
-NUMBERS += [168, 42]
+NUMBERS = [8, 23, 27, 33, 58, 66, 71, 76, 113, 123, 143, 145, 168, 188, 227]
+NUMBERS += [332, 350, 351]
 
 
 @pytest.mark.mixes

@@ -289,7 +289,9 @@ def few_steps(options: Options, rng: Rng) -> Options:
 def moving(options: Options, problem: Problem, rng: Rng) -> Options:
     """The same, of which some depends on `c` that does not move the minimum."""
     possible = []
-    if problem.length == problem.size and options.layout.dtype in (None, jnp.float32):
+    # (What is near in one unit is far away in another.)
+    near = problem.length == problem.size and problem.condition <= 100
+    if near and options.layout.dtype in (None, jnp.float32):
         possible.append("start")
     if "gtol" in options.settings:
         possible.append("gtol")
