@@ -434,7 +434,8 @@ def relative_gradient(
     See Dennis and Schnabel, Numerical Methods for Unconstrained Optimization (1983),
     section 7.2; from there is also that a minimum shows by the cube root of the
     precision. What is large is relative to itself, what is small to 1, or to the size
-    that loss and parameters have at all.
+    that loss and parameters have at all. Small parameters have a small unit if the loss
+    has changed on the way to them; else they are small by chance, near a start at 0.
 
     Args:
       y: The point.
@@ -449,7 +450,9 @@ def relative_gradient(
     def relative(g: Array, x: Array) -> Array:
         return jnp.abs(g) * jnp.maximum(jnp.abs(x), jnp.where(of_y > 0, of_y, 1.0))
 
-    of_y = jnp.minimum(optx.max_norm(y), 1.0)
+    rounding = jnp.finfo(loss.dtype).eps ** 0.5 * jnp.abs(loss)
+    has_changed = jnp.abs(loss - first_loss) > rounding
+    of_y = jnp.where(has_changed, jnp.minimum(optx.max_norm(y), 1.0), 1.0)
     first = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss), 1.0)
     of_loss = jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
     return optx.max_norm(jax.tree.map(relative, grad, y)) / of_loss
