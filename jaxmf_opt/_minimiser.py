@@ -25,7 +25,7 @@ from ._linesearch import (
 )
 from ._optimizer import as_optax_expects, as_pytree
 from ._select import cond, select, select_if_batched
-from ._state import Evaluated, Evaluations, History, MinimiserState
+from ._state import Evaluated, Evaluations, History, MinimiserState, Movement
 
 # A tolerance: a number, or an array so that it can be batched.
 Tolerance: TypeAlias = float | int | np.number | Float[Array | np.ndarray, ""]
@@ -152,9 +152,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             loss=jnp.array(jnp.inf, dtype),
             grad=zeros,
             aux=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux_struct),
-            update=zeros if self._tests else None,
-            loss_before=jnp.array(jnp.inf, dtype) if self._tests else None,
-            grad_before=zeros if self._tests else None,
+            movement=Movement.none(y, dtype) if self._tests else None,
             opt_state=opt_state,
             converged=no,
             stalled=no,
@@ -191,7 +189,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
 
         converged = state.converged
         if self._tests:
-            converged = converged | self._meets_tolerance(y, state, loss, grad)
+            converged = converged | self._meets_tolerance(
+                y, cast(Movement, state.movement), loss, grad, state.first_loss
+            )
         ended = converged | state.stalled | state.interrupted
         if options.get("limit") is not None:
             ended = ended | (state.step >= options["limit"])
@@ -210,25 +210,27 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         else:
             to = move()
 
-        history, update, loss_before, grad_before = state.history, None, None, None
+        history, movement = state.history, None
         if history is not None and history.loss.size:
             row = History(loss, optx.max_norm(grad), optx.max_norm(to.update))
             index = jnp.where(ended, history.loss.size, state.step)
             write = lambda h, x: h.at[index].set(x, mode="drop")  # noqa: E731
             history = jax.tree.map(write, history, row)
-        if self._tests:
-            # If no step is made, those of the last: to decide alike if asked again.
-            old = (state.update, state.loss_before, state.grad_before)
-            new = (to.update, loss, grad)
-            update, loss_before, grad_before = select(ended, old, new)
+        if state.movement is not None:
+            old = state.movement
+            is_same = lambda a, b: jnp.all(a == b)  # noqa: E731
+            same = jnp.stack(jax.tree.leaves(jax.tree.map(is_same, y, to.y)))
+            still = jnp.all(same)
+            # If no step is made, as it was: to decide alike if asked again.
+            old = old._replace(still=old.still | (still & ~ended))
+            new = Movement(to.update, loss, grad, jnp.array(False))
+            movement = select(ended | still, old, new)
         new_state = MinimiserState(
             step=jnp.where(ended, state.step, state.step + 1),
             loss=loss,
             grad=grad,
             aux=aux,
-            update=update,
-            loss_before=loss_before,
-            grad_before=grad_before,
+            movement=movement,
             opt_state=to.opt_state,
             converged=converged,
             stalled=state.stalled | to.stalled,
@@ -313,7 +315,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         return *evaluated[1:], missing.astype(int)
 
     def _meets_tolerance(
-        self, y: Y, state: MinimiserState[Y, Aux], loss: Scalar, grad: Y
+        self, y: Y, last: Movement, loss: Scalar, grad: Y, first_loss: Scalar
     ) -> Bool[Array, ""]:
         def ratio(difference: Array, of: Array) -> Array:
             scale = self.atol + self.rtol * jnp.abs(of)
@@ -323,39 +325,35 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         def small(difference: PyTree, of: PyTree) -> Bool[Array, ""]:
             return self.norm(jax.tree.map(ratio, difference, of)) < 1
 
-        moved = optx.max_norm(state.update) > 0
-        cauchy = small(state.update, y) & small(
-            loss - cast(Array, state.loss_before), loss
-        )
+        cauchy = small(last.update, y) & small(loss - last.loss, loss)
         eps = jnp.finfo(loss.dtype).eps
-        slope = relative_gradient(y, loss, grad, state.first_loss)
-        is_minimum = moved & cauchy & self._is_close(y, state, grad)
+        slope = relative_gradient(y, loss, grad, first_loss)
+        # (A step that moves nothing is a small one, too.)
+        is_minimum = (cauchy | last.still) & self._is_close(y, last, grad)
         is_minimum &= slope <= jnp.maximum(eps ** (1 / 3), self.rtol)
         # A step that jumps into the minimum is not small, and is the last that moves.
         slope = jnp.maximum(slope, optx.max_norm(grad) / jnp.maximum(jnp.abs(loss), 1))
         is_minimum |= slope <= jnp.where((self.rtol > 0) | (self.atol > 0), 64 * eps, 0)
         return is_minimum | (self.norm(grad) <= self.gtol)
 
-    def _is_close(
-        self, y: Y, state: MinimiserState[Y, Aux], grad: Y
-    ) -> Bool[Array, ""]:
+    def _is_close(self, y: Y, last: Movement, grad: Y) -> Bool[Array, ""]:
         """Whether the distance to the minimum that the gradient tells of is small.
 
         A step may be small because a line search has failed, because an optimizer turns
         around or because its schedule says so. But the gradient over the curvature is
         no more than the distance to the minimum of a quadratic function. The curvature
-        is that which the last step has met.
+        is that which the last step has met that moved.
         """
-        step = state.update
-        change = jax.tree.map(jnp.subtract, grad, state.grad_before)
-        curvature = _squared_norm(change) / _dot(step, change)
+        change = jax.tree.map(jnp.subtract, grad, last.grad)
+        curvature = _squared_norm(change) / _dot(last.update, change)
         distance = jnp.sqrt(_squared_norm(grad)) / curvature
         size = jnp.sqrt(_squared_norm(y))
         eps = jnp.finfo(size.dtype).eps
         elements = sum(x.size for x in jax.tree.leaves(y))
         allowed = jnp.maximum(self.rtol, eps**0.5) * size + self.atol * elements**0.5
         is_still = _squared_norm(grad) == 0
-        return ((curvature > 0) & (distance <= allowed)) | is_still
+        is_curved = (curvature > 0) & jnp.isfinite(curvature)
+        return (is_curved & (distance <= allowed)) | is_still
 
     def _move(
         self,

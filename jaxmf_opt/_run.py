@@ -30,7 +30,7 @@ from ._optimizer import optimizer_key
 from ._solution import Solution
 from ._stall import minimiser_for
 from ._start import as_float64, is_of_problem, recording, start
-from ._state import Evaluations, History, MinimiserState, SolverState
+from ._state import Evaluations, History, MinimiserState, Movement, SolverState
 from ._structure import CACHE_SIZE
 from ._watch import Watch, WatchedMinimiser
 
@@ -60,14 +60,14 @@ class Told(NamedTuple):
     Attributes:
       loss: The loss where the step started.
       grad: The gradient there.
-      update: The step itself, if tolerances are looked at.
+      movement: The last step that has moved, if tolerances are looked at.
       converged: Whether a tolerance was met, so that no step was made; likewise.
       row: What is recorded of the step, of length 1, if anything is.
     """
 
     loss: Float[Array, ""]
     grad: PyTree
-    update: PyTree | None
+    movement: Movement | None
     converged: Bool[Array, ""] | None
     row: History | None
 
@@ -311,7 +311,7 @@ class Recipe:
         y: PyTree,
         opt_state: PyTree,
         tally: Int[Array, "3"],
-        before: tuple[PyTree, Float[Array, ""], PyTree, Float[Array, ""]] | None,
+        before: tuple[Movement, Float[Array, ""]] | None,
         captured: Sequence[Array],
         tolerances: Tolerances | None,
     ) -> tuple[PyTree, PyTree, Int[Array, "3"], Told]:
@@ -322,8 +322,8 @@ class Recipe:
           opt_state: The state of the optax transformation.
           tally: How many steps may be taken (0: `y` is evaluated and not moved), and
             how often loss and gradient have been computed.
-          before: The last step, loss and gradient where it started, and the loss where
-            the solve did; None if no tolerances are looked at.
+          before: The last step that has moved, and the loss where the solve started;
+            None if no tolerances are looked at.
           captured: What the loss closes over.
           tolerances: When to stop, or None.
 
@@ -331,13 +331,12 @@ class Recipe:
           The new `y`, `opt_state` and `tally`, and what else is told.
         """
         state = self.start(y).minimiser
-        of_last: Any = before or (None, None, None, state.first_loss)
+        of_last: Any = before or (None, state.first_loss)
         row = None
         if self._history is not None:
             row = History.of_no_steps(1)
         parts = lambda s: (  # noqa: E731
-            *(s.opt_state, s.evaluations, s.history),
-            *(s.update, s.loss_before, s.grad_before, s.first_loss),
+            *(s.opt_state, s.evaluations, s.history, s.movement, s.first_loss),
         )
         new_parts = (opt_state, Evaluations(*tally[1:]), row, *of_last)
         state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
@@ -354,7 +353,7 @@ class Recipe:
         )
         tally = jnp.stack([tally[0] - state.step, *state.evaluations])
         converged = state.converged if self._tests else None
-        told = Told(state.loss, state.grad, state.update, converged, state.history)
+        told = Told(state.loss, state.grad, state.movement, converged, state.history)
         return y, state.opt_state, tally, told
 
     def value_and_finish(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._linesearch import stored
 from ._minimiser import LeanOptaxMinimiser
 from ._stall import is_default
-from ._state import Evaluations, History, SolverState
+from ._state import Evaluations, History, Movement, SolverState
 
 
 def start(
@@ -72,17 +72,14 @@ def going_on(
     evaluations = Evaluations(
         *(jnp.where(n > 0, n - again, n) for n in old.evaluations)
     )
-    before: tuple[Any, Any, Any] = (None, None, None)
+    movement = None
     if tests:
-        before = (old.update, old.loss_before, old.grad_before)
-        if old.update is None:  # as if there had been no step: so says no test by it
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            before = (zeros, jnp.full_like(old.loss, jnp.inf), zeros)
+        movement = old.movement or Movement.none(state.params, old.loss.dtype)
     parts = lambda s: (  # noqa: E731
         *(s.converged, s.stalled, s.interrupted, s.ended),
-        *(s.evaluations, s.update, s.loss_before, s.grad_before),
+        *(s.evaluations, s.movement),
     )
-    new_parts = (no, stalled, no, stalled, evaluations, *before)
+    new_parts = (no, stalled, no, stalled, evaluations, movement)
     minimiser = eqx.tree_at(parts, old, new_parts, is_leaf=lambda x: x is None)
     return SolverState(state.params, minimiser)
 

@@ -3,6 +3,7 @@
 from typing import Any, Generic, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -64,6 +65,28 @@ class History(NamedTuple):
         return cls(*(jnp.full(length, jnp.nan) for _ in cls._fields))
 
 
+class Movement(NamedTuple):
+    """The last step that has moved the point, for the tests of tolerances.
+
+    Attributes:
+      update: The step itself, the difference of two iterates.
+      loss: The loss where it started.
+      grad: The gradient there.
+      still: Whether a step since then has changed no bit of the point.
+    """
+
+    update: PyTree
+    loss: Float[Array, ""]
+    grad: PyTree
+    still: Bool[Array, ""]
+
+    @classmethod
+    def none(cls, y: PyTree, dtype: jnp.dtype) -> "Movement":
+        """Before the first step: no test is passed by it."""
+        zeros = jax.tree.map(jnp.zeros_like, y)
+        return cls(zeros, jnp.array(jnp.inf, dtype), zeros, jnp.array(False))
+
+
 class MinimiserState(eqx.Module, Generic[Y, Aux]):
     """The explicit state of a `LeanOptaxMinimiser`. Every leaf is an array.
 
@@ -73,10 +96,8 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
         started from or, once the run has ended, the one that it led to.
       grad: The gradient at that point.
       aux: What the loss returned beside its value at that point.
-      update: The last step itself, the difference of two iterates. None where no
-        tolerance is on: nobody asks for it, and to keep it changes how XLA rounds.
-      loss_before: The loss where that step started; None likewise.
-      grad_before: The gradient there; None likewise.
+      movement: The last step that has moved. None where no tolerance is on: nobody asks
+        for it, and to keep it changes how XLA rounds.
       opt_state: The state of the optax transformation.
       converged: Whether a tolerance has been met.
       stalled: Whether it is proven that no step can move the point any more.
@@ -95,9 +116,7 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
     loss: Float[Array, ""]
     grad: Y
     aux: Aux
-    update: Y | None
-    loss_before: Float[Array, ""] | None
-    grad_before: Y | None
+    movement: Movement | None
     opt_state: PyTree
     converged: Bool[Array, ""]
     stalled: Bool[Array, ""]

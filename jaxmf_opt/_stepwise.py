@@ -7,7 +7,7 @@ that looks at the whole state, is put together here.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -20,7 +20,7 @@ from ._callback import CallbackArgs, CallbackFnType, Lane, asks_to_stop
 from ._debugging import alarms, no_alarms, own_transfers, raise_alarm
 from ._run import Recipe, Told, Tolerances, compiled
 from ._solution import Solution
-from ._state import Evaluated, Evaluations, History, SolverState
+from ._state import Evaluated, Evaluations, History, Movement, SolverState
 from ._x64 import jax_enable_x64
 
 # Above this many parameters a step costs more than to look whether its loss is finite.
@@ -57,10 +57,10 @@ def solve_stepwise(
     opt_state = of.opt_state
     with own_transfers():
         tally = jnp.stack([jnp.asarray(max_steps - int(of.step)), *of.evaluations])
-        before: tuple[Any, Any, Any, Any] | None = None
+        before: tuple[Movement, Array] | None = None
         limits = None
         if not tolerances.off:
-            before = (of.update, of.loss_before, of.grad_before, of.first_loss)
+            before = (cast(Movement, of.movement), of.first_loss)
             limits = Tolerances(*map(jnp.asarray, tolerances))
     record = _Record(begin)
     rows: list[History] = []
@@ -78,8 +78,8 @@ def solve_stepwise(
         if limits is not None:
             if told.converged:
                 break
-            first = before[3] if before and steps else told.loss
-            before = (told.update, told.loss, told.grad, first)
+            first = before[1] if before and steps else told.loss
+            before = (cast(Movement, told.movement), first)
         steps += 1
         if told.row is not None:
             rows.append(told.row)
@@ -91,7 +91,7 @@ def solve_stepwise(
             tally = tally.at[0].set(0)
         _, _, tally, told = step(y, opt_state, tally, before, captured, limits)
         unseen.append((y, told))
-    end = record.state_after(steps, y, y, opt_state, tally, told, before)
+    end = record.state_after(steps, y, y, opt_state, tally, told)
     flags = (told.converged is not None and bool(told.converged), interrupted, True)
     with own_transfers(), no_alarms():
         end = eqx.tree_at(
@@ -144,7 +144,6 @@ class _Record:
         opt_state: PyTree,
         tally: Array,
         told: Told,
-        before: tuple[Any, Any, Any, Any] | None = None,
     ) -> SolverState:
         """The whole state after a number of steps, whenever it is asked for.
 
@@ -155,8 +154,6 @@ class _Record:
           opt_state: The state of the optax transformation.
           tally: The counts.
           told: What was told of the step.
-          before: The step, and loss and gradient before it; None for those that were
-            told.
 
         Returns:
           The state.
@@ -167,15 +164,11 @@ class _Record:
                 self.look()
             last_finite = _if_finite(at, told) or self._last_finite
             old = self._begin.minimiser
-            before = before or (told.update, told.loss, told.grad, None)
-            has_tests = before[0] is not None
             parts: dict[str, Any] = {
                 "step": jnp.asarray(steps, old.step.dtype),
                 "loss": told.loss,
                 "grad": told.grad,
-                "update": before[0],
-                "loss_before": before[1] if has_tests else None,
-                "grad_before": before[2] if has_tests else None,
+                "movement": told.movement,
                 "opt_state": opt_state,
                 "first_loss": self._first_loss,
                 "last_finite": last_finite,

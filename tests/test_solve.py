@@ -118,9 +118,12 @@ class TestGoingOn:
         assert stuck.result == optx.RESULTS.stagnation
         assert run(30, stuck.state).stats["num_steps"] > stuck.stats["num_steps"] + 9
 
-    @pytest.mark.parametrize("atol", [(10.0, 1e-2), (1e-2, 1e-4)])
+    @pytest.mark.parametrize("atol", [(1e-2, 1e-4), (1e-4, 1e-7)])
     def test_a_smaller_tolerance_on_a_steep_loss(self, atol: tuple[float, float]):
-        """Where the change of the loss decides, not that of the parameters."""
+        """Where the change of the loss decides, not that of the parameters.
+
+        (10 and 1e-2 end at the same point: the first with a gradient that is small.)
+        """
 
         def run(atol: float, state: Any = None) -> SolverState:
             slopes, centre = np.array([1.0, 30.0]), np.array([1.0, 2.0])
