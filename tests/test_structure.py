@@ -116,6 +116,8 @@ def test_settings_of_equations_count():
 
 def test_the_sign_of_a_complex_zero_counts():
     def angle(zero: complex) -> Callable[[jax.Array], jax.Array]:
-        return lambda x: jnp.angle(jnp.complex64(-1) + x * 0 + zero)
+        return lambda x: jnp.angle(
+            jnp.complex64(-1) + (x * 0).astype(jnp.complex64) + jnp.complex64(zero)
+        )
 
     assert structure(angle(complex(0, 0.0))) != structure(angle(complex(0, -0.0)))
