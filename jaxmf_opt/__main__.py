@@ -357,7 +357,7 @@ def table(lines: Sequence[Line]) -> str:
                     f"{line.gain:.1%}",
                 )
                 + (" *" if o.error_after <= least else "")
-                + ("" if o.converged else "  (limit of steps)")
+                + ("" if o.converged else "  (not converged)")
             )
     return "\n".join(text)
 
