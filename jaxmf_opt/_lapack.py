@@ -134,7 +134,8 @@ def _rule(primitive: jex.Primitive, ranks: tuple[int, ...]) -> Callable[..., Any
             default=0,
         )
         work = math.prod(batch) * _MOST_PER_CUBE * size**3
-        if batch and work >= _SMALL:
+        # (In a program to be exported the work need not be known.)
+        if batch and (jax.export.is_symbolic_dim(work) or work >= _SMALL):
             return mlir.lower_fun(in_turn, primitive.multiple_results)(ctx, *operands)
         rules = ctx.module_context.lowering_parameters.override_lowering_rules
         others = [rule for rule in rules if rule[0] is not primitive]
