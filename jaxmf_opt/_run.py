@@ -32,6 +32,7 @@ from ._stall import minimiser_for
 from ._start import as_float64, is_of_problem, recording, start
 from ._state import Evaluations, History, MinimiserState, Movement, SolverState
 from ._structure import CACHE_SIZE
+from ._varying import on_mesh
 from ._watch import Watch, WatchedMinimiser
 
 
@@ -163,6 +164,7 @@ class Recipe:
         Returns:
           The solution.
         """
+        params, captured, start = on_mesh((params, captured, start))
         limit = jnp.asarray(max_steps)
         if start is None:
             y, begin = params, None

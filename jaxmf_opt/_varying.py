@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.core import ShapedArray
 from jax.sharding import AxisType
+from jaxtyping import PyTree
 
 try:
     from jax._src.config import _check_vma
@@ -94,3 +95,18 @@ def explicit_sharding(x: Any) -> jax.NamedSharding | None:
         mesh = jax.sharding.get_abstract_mesh()
         sharding = jax.NamedSharding(mesh, jax.P(*(None for _ in x.shape)))
     return sharding if AxisType.Explicit in mesh.axis_types else None
+
+
+def on_mesh(arrays: PyTree) -> PyTree:
+    """The arrays; those from outside an explicit mesh as the same on all its devices.
+
+    A loop over one of them would else end with a value of another type.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return arrays
+
+    def placed(x: Any) -> Any:
+        is_outside = isinstance(x, jax.Array) and jax.typeof(x).sharding.mesh.empty
+        return jax.sharding.reshard(x, jax.P(*(None,) * x.ndim)) if is_outside else x
+
+    return jax.tree.map(placed, arrays)

@@ -21,6 +21,7 @@ from jaxmf_opt.sweeps import sweep
 
 ROWS = np.arange(32, dtype=np.float32).reshape(8, 4) / 16
 STEPS = 4
+OUTSIDE = jnp.arange(4.0)  # made before there is a mesh
 
 
 def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
@@ -61,6 +62,11 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
         solution = sweep(loss, start, targets, **limit, **options)
         return solution.value, solution.stats["num_steps"]
 
+    def from_outside(start: Any) -> Any:
+        fit = lambda x: jnp.sum((x - OUTSIDE) ** 4)  # noqa: E731
+        half = solve(fit, start, max_optimizer_steps=2, gtol=1e-9)
+        return solve(fit, start, state=half.state, gtol=1e-9, **limit).value
+
     dense = Dense(8)
     return {
         "eager": lambda: minimum(1.0),
@@ -73,6 +79,8 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
         "callback, jit of vmap": lambda: jax.jit(jax.vmap(in_python))(targets),
         "traced, vmap": lambda: jax.vmap(in_program)(targets),
         "history and state": resumed,
+        "from NumPy": lambda: from_outside(np.zeros(4)),
+        "from outside": lambda: from_outside(OUTSIDE / 2),
         "sweep": swept,
         "sweep, callback, mesh": lambda: swept(
             callback=tell, mesh=jax.make_mesh((2,), ("lanes",))
