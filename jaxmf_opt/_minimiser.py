@@ -217,14 +217,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             write = lambda h, x: h.at[index].set(x, mode="drop")  # noqa: E731
             history = jax.tree.map(write, history, row)
         if state.movement is not None:
-            old = state.movement
-            is_same = lambda a, b: jnp.all(a == b)  # noqa: E731
-            same = jnp.stack(jax.tree.leaves(jax.tree.map(is_same, y, to.y)))
-            still = jnp.all(same)
-            # If no step is made, as it was: to decide alike if asked again.
-            old = old._replace(still=old.still | (still & ~ended))
-            new = Movement(to.update, loss, grad, jnp.array(False))
-            movement = select(ended | still, old, new)
+            # If no step is made, the last: to decide alike if asked again.
+            new = Movement(to.update, loss, grad)
+            movement = select(ended, state.movement, new)
         new_state = MinimiserState(
             step=jnp.where(ended, state.step, state.step + 1),
             loss=loss,
@@ -325,11 +320,12 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         def small(difference: PyTree, of: PyTree) -> Bool[Array, ""]:
             return self.norm(jax.tree.map(ratio, difference, of)) < 1
 
-        cauchy = small(last.update, y) & small(loss - last.loss, loss)
         eps = jnp.finfo(loss.dtype).eps
+        # (A loss that goes to 0 halves for ever; not so on the scale of its start.)
+        scale = jnp.maximum(jnp.abs(loss), eps * size_of_loss(loss, first_loss))
+        cauchy = small(last.update, y) & small(loss - last.loss, scale)
         slope = relative_gradient(y, loss, grad, first_loss)
-        # (A step that moves nothing is a small one, too.)
-        is_minimum = (cauchy | last.still) & self._is_close(y, last, grad)
+        is_minimum = cauchy & self._is_close(y, last, grad)
         is_minimum &= slope <= jnp.maximum(eps ** (1 / 3), self.rtol)
         # A step that jumps into the minimum is not small, and is the last that moves.
         slope = jnp.maximum(slope, optx.max_norm(grad) / jnp.maximum(jnp.abs(loss), 1))
@@ -342,7 +338,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         A step may be small because a line search has failed, because an optimizer turns
         around or because its schedule says so. But the gradient over the curvature is
         no more than the distance to the minimum of a quadratic function. The curvature
-        is that which the last step has met that moved.
+        is that which the last step has met. A step that has not moved tells nothing.
         """
         change = jax.tree.map(jnp.subtract, grad, last.grad)
         curvature = _squared_norm(change) / _dot(last.update, change)
@@ -352,7 +348,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         elements = sum(x.size for x in jax.tree.leaves(y))
         allowed = jnp.maximum(self.rtol, eps**0.5) * size + self.atol * elements**0.5
         is_still = _squared_norm(grad) == 0
-        is_curved = (curvature > 0) & jnp.isfinite(curvature)
+        # The change of a gradient must be more than its rounding.
+        is_curved = _squared_norm(change) > eps * _squared_norm(grad)
+        is_curved &= curvature > 0
         return (is_curved & (distance <= allowed)) | is_still
 
     def _move(
@@ -451,9 +449,14 @@ def relative_gradient(
     rounding = jnp.finfo(loss.dtype).eps ** 0.5 * jnp.abs(loss)
     has_changed = jnp.abs(loss - first_loss) > rounding
     of_y = jnp.where(has_changed, jnp.minimum(optx.max_norm(y), 1.0), 1.0)
+    slope = optx.max_norm(jax.tree.map(relative, grad, y))
+    return slope / size_of_loss(loss, first_loss)
+
+
+def size_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
+    """What a difference of losses is small against: the loss, at the start at least."""
     first = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss), 1.0)
-    of_loss = jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
-    return optx.max_norm(jax.tree.map(relative, grad, y)) / of_loss
+    return jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
 
 
 def _dot(a: PyTree, b: PyTree) -> Scalar:

@@ -28,7 +28,7 @@ from ._minimiser import (
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._solution import Solution
-from ._stall import minimiser_for
+from ._stall import StoppingMinimiser, can_descend
 from ._start import as_float64, is_of_problem, recording, start
 from ._state import Evaluations, History, MinimiserState, Movement, SolverState
 from ._structure import CACHE_SIZE
@@ -61,8 +61,9 @@ class Told(NamedTuple):
     Attributes:
       loss: The loss where the step started.
       grad: The gradient there.
-      movement: The last step that has moved, if tolerances are looked at.
+      movement: The last step, if tolerances are looked at.
       converged: Whether a tolerance was met, so that no step was made; likewise.
+      stalled: Whether no later step can move the point; likewise.
       row: What is recorded of the step, of length 1, if anything is.
     """
 
@@ -70,6 +71,7 @@ class Told(NamedTuple):
     grad: PyTree
     movement: Movement | None
     converged: Bool[Array, ""] | None
+    stalled: Bool[Array, ""] | None
     row: History | None
 
 
@@ -173,7 +175,8 @@ class Recipe:
         minimiser, solution = self._minimise(
             as_float64(y), begin, captured, limit, tolerances, watched
         )
-        whole = self.finish(_pinned(solution.value, solution.state), limit)
+        end = _pinned(solution.value, solution.state)
+        whole = self.finish(end, captured, limit)
         if isinstance(minimiser, WatchedMinimiser):
             return minimiser.closed(whole, solution.state)
         return whole
@@ -208,7 +211,7 @@ class Recipe:
         running = of.result == RESULTS.nonlinear_max_steps_reached
         if self._watch is not None:
             running = ~end.minimiser.ended
-        solution = self._cast(self.finish(_pinned(*end), limit))
+        solution = self._cast(self.finish(_pinned(*end), captured, limit))
         return solution, end, running
 
     def _minimise(
@@ -224,10 +227,10 @@ class Recipe:
         """The loop itself."""
         tolerances = self._tolerances(tolerances)
         if self._watch is None:
-            minimiser = minimiser_for(self.optimizer, tolerances)
+            minimiser = StoppingMinimiser(self.optimizer, tolerances)
         else:
             minimiser = WatchedMinimiser(
-                self.optimizer, tolerances, self._watch, watched
+                self.optimizer, tolerances, self._watch, watched, stops=self._tests
             )
         options: dict[str, Any] = {"limit": limit, "history": self._history}
         if state is not None:
@@ -258,11 +261,14 @@ class Recipe:
         minimiser = eqx.tree_at(lambda s: s.last_finite, state.minimiser, last)
         return SolverState(jax.tree.map(mine, state.params), minimiser)
 
-    def finish(self, end: SolverState, limit: Int[Array, ""]) -> Solution:
+    def finish(
+        self, end: SolverState, captured: Sequence[Array], limit: Int[Array, ""]
+    ) -> Solution:
         """What is told of a run.
 
         Args:
           end: Where it has ended, with what has been recorded.
+          captured: What the loss closes over.
           limit: The limit of steps.
 
         Returns:
@@ -274,8 +280,10 @@ class Recipe:
         finite &= all_finite(end.params)
         success = state.interrupted | (last.grad_norm == 0)
         slope = relative_gradient(y, state.loss, state.grad, state.first_loss)
-        stationary = slope <= jnp.finfo(slope.dtype).eps ** (1 / 3)
-        success |= state.converged | (state.stalled & stationary)
+        stationary = state.stalled & (slope <= jnp.finfo(slope.dtype).eps ** (1 / 3))
+        loss = lambda y: self.program.loss(y, captured)  # noqa: E731
+        stationary &= ~can_descend(loss, y, state, stationary)
+        success |= state.converged | stationary
         at_limit: Any = RESULTS.nonlinear_max_steps_reached
         stagnant: Any = RESULTS.stagnation
         result = RESULTS.where(state.stalled, stagnant, at_limit)
@@ -324,8 +332,8 @@ class Recipe:
           opt_state: The state of the optax transformation.
           tally: How many steps may be taken (0: `y` is evaluated and not moved), and
             how often loss and gradient have been computed.
-          before: The last step that has moved, and the loss where the solve started;
-            None if no tolerances are looked at.
+          before: The last step, and the loss where the solve started; None if no
+            tolerances are looked at.
           captured: What the loss closes over.
           tolerances: When to stop, or None.
 
@@ -342,9 +350,8 @@ class Recipe:
         )
         new_parts = (opt_state, Evaluations(*tally[1:]), row, *of_last)
         state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
-        minimiser = LeanOptaxMinimiser(
-            self.optimizer, *self._tolerances(tolerances or Tolerances())
-        )
+        limits = self._tolerances(tolerances or Tolerances())
+        minimiser = StoppingMinimiser(self.optimizer, limits, stops=self._tests)
         y, state, _ = minimiser.step(
             lambda y, captured: (self.program.loss(y, captured), None),
             y,
@@ -354,15 +361,15 @@ class Recipe:
             frozenset(),
         )
         tally = jnp.stack([tally[0] - state.step, *state.evaluations])
-        converged = state.converged if self._tests else None
-        told = Told(state.loss, state.grad, state.movement, converged, state.history)
+        ways = (state.converged, state.stalled) if self._tests else (None, None)
+        told = Told(state.loss, state.grad, state.movement, *ways, state.history)
         return y, state.opt_state, tally, told
 
     def value_and_finish(
-        self, end: SolverState, limit: Int[Array, ""] | int
+        self, end: SolverState, captured: Sequence[Array], limit: Int[Array, ""] | int
     ) -> Solution:
         """The same as `finish`, with the value in the recipe's dtypes."""
-        return self._cast(self.finish(end, jnp.asarray(limit)))
+        return self._cast(self.finish(end, captured, jnp.asarray(limit)))
 
     def loss(self, y: PyTree, captured: Sequence[Array]) -> Float[Array, ""]:
         """The loss at a float64 point."""

@@ -6,39 +6,25 @@ that are left. Nobody can observe those steps where there is no callback, so a s
 leave them out, provided that they would not have changed a bit of the result.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import optimistix as optx
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
 
 from ._custom_types import Aux, Y
-from ._minimiser import LeanOptaxMinimiser, Tolerance
+from ._minimiser import LeanOptaxMinimiser, Tolerance, size_of_loss
 from ._optimizer import DEFAULT_OPTIMIZER, optimizer_key
+from ._state import MinimiserState
 from .robust import RobustOptimizer
 
-
-def minimiser_for(
-    optimizer: optax.GradientTransformation, tolerances: Sequence[Tolerance]
-) -> LeanOptaxMinimiser:
-    """The minimiser for an optimizer that stops where it provably stands still.
-
-    Args:
-      optimizer: An optax transformation.
-      tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
-
-    Returns:
-      A `LeanOptaxMinimiser`.
-    """
-    kind: type[Any] = LeanOptaxMinimiser
-    if isinstance(optimizer, RobustOptimizer):
-        kind = _RobustMinimiser
-    elif is_default(optimizer):
-        kind = _DefaultMinimiser
-    return kind(optimizer, *tolerances)
+# Steps along the gradient are tried that differ by so many powers of 10.
+_DECADES = 16
 
 
 def is_default(optimizer: optax.GradientTransformation) -> bool:
@@ -49,48 +35,123 @@ def is_default(optimizer: optax.GradientTransformation) -> bool:
 _DEFAULT_KEY = optimizer_key(DEFAULT_OPTIMIZER)
 
 
-class _DefaultMinimiser(LeanOptaxMinimiser[Y, Aux]):
-    """The minimiser for `DEFAULT_OPTIMIZER`, whose constants the proof below uses."""
+class StoppingMinimiser(LeanOptaxMinimiser[Y, Aux]):
+    """A minimiser that stops where its optimizer provably stands still.
 
-    def _stalled(
-        self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: Any
-    ) -> Bool[Array, ""]:
-        """Whether no later step can move `y`.
+    That is known of `DEFAULT_OPTIMIZER`, whose constants the proof below uses, and of a
+    `RobustOptimizer`.
+    """
 
-        The step just taken, `update`, is too small to change `y`, so the next one sees
-        the same loss and gradient. Its memory of one pair is (0, 0), with which L-BFGS
-        makes the direction `-grad`. It starts from 1.5 times the last step size and
-        only goes down. If that does not change `y` either, all its trials have the
-        value that the last search found at `y`. Where this is not below `loss`, none of
-        them is a sufficient decrease: the search fails, and leaves the same situation
-        with a smaller step size. (Once the demanded decrease underflows, a trial may
-        be accepted, but at step sizes that change nothing either.) From a gradient of
-        exactly 0 no direction leads anywhere. And where all trials were non-finite the
-        search leaves the step size 0, which no later one makes larger.
+    _stops: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        optim: optax.GradientTransformation,
+        tolerances: Sequence[Tolerance],
+        *,
+        stops: bool = True,
+    ):
+        """Wraps an optax transformation.
+
+        Args:
+          optim: An optax transformation.
+          tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
+          stops: Whether to stop there. It goes on for callbacks, which see steps that
+            change nothing, too, where no tolerance is on.
         """
-        linesearch: optax.ScaleByBacktrackingLinesearchState = opt_state[-1]
-        next_size = 1.5 * linesearch.learning_rate
-        demanded = 1e-4 * next_size * optax.tree.norm(grad, squared=True)
-        next_update = jax.tree.map(lambda g: next_size * g, grad)
-        search_fails = (
-            _changes_nothing(y, next_update)
-            & (linesearch.value >= loss)
-            & (demanded > 1e-280)
-        )
-        stationary = optx.max_norm(grad) == 0
-        no_size = (linesearch.learning_rate == 0) & jnp.isfinite(optx.max_norm(grad))
-        never_moves = search_fails | stationary | no_size
-        return _changes_nothing(y, update) & never_moves
-
-
-class _RobustMinimiser(LeanOptaxMinimiser[Y, Aux]):
-    """The minimiser for a `RobustOptimizer`, which knows when it stands still."""
+        super().__init__(optim, *tolerances)
+        is_known = isinstance(optim, RobustOptimizer) or is_default(optim)
+        self._stops = stops and is_known
 
     def _stalled(
         self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: Any
     ) -> Bool[Array, ""]:
-        del y, loss, grad
-        return cast(RobustOptimizer, self.optim).stands_still(opt_state, update)
+        if not self._stops:
+            return jnp.array(False)
+        if isinstance(self.optim, RobustOptimizer):
+            return self.optim.stands_still(opt_state, update)
+        return _default_stands_still(y, loss, grad, update, opt_state)
+
+
+def _default_stands_still(
+    y: PyTree, loss: Scalar, grad: PyTree, update: PyTree, opt_state: Any
+) -> Bool[Array, ""]:
+    """Whether no later step can move `y`.
+
+    The step just taken, `update`, is too small to change `y`, so the next one sees
+    the same loss and gradient. Its memory of one pair is (0, 0), with which L-BFGS
+    makes the direction `-grad`. It starts from 1.5 times the last step size and
+    only goes down. If that does not change `y` either, all its trials have the
+    value that the last search found at `y`. Where this is not below `loss`, none of
+    them is a sufficient decrease: the search fails, and leaves the same situation
+    with a smaller step size. (Once the demanded decrease underflows, a trial may
+    be accepted, but at step sizes that change nothing either.) From a gradient of
+    exactly 0 no direction leads anywhere. And where all trials were non-finite the
+    search leaves the step size 0, which no later one makes larger.
+    """
+    linesearch: optax.ScaleByBacktrackingLinesearchState = opt_state[-1]
+    next_size = 1.5 * linesearch.learning_rate
+    demanded = 1e-4 * next_size * optax.tree.norm(grad, squared=True)
+    next_update = jax.tree.map(lambda g: next_size * g, grad)
+    search_fails = (
+        _changes_nothing(y, next_update)
+        & (linesearch.value >= loss)
+        & (demanded > 1e-280)
+    )
+    stationary = optx.max_norm(grad) == 0
+    no_size = (linesearch.learning_rate == 0) & jnp.isfinite(optx.max_norm(grad))
+    never_moves = search_fails | stationary | no_size
+    return _changes_nothing(y, update) & never_moves
+
+
+def can_descend(
+    loss_fn: Callable[[PyTree], Scalar],
+    y: PyTree,
+    state: MinimiserState,
+    is_asked: Bool[Array, ""],
+) -> Bool[Array, ""]:
+    """Whether the loss is visibly smaller somewhere along the negative gradient.
+
+    An optimizer stands still at a minimum, but also where its last step was too long:
+    it then tries steps that are too short to change anything. Here the steps are of all
+    lengths, from the size of the parameters down to their rounding; once for parameters
+    of one unit, and once for each in its own.
+
+    Args:
+      loss_fn: The loss.
+      y: A point.
+      state: With loss and gradient there, and the loss where the solve started.
+      is_asked: Whether to look at all.
+
+    Returns:
+      Whether it is; false if not asked.
+    """
+    flat, unravel = ravel_pytree(y)
+    slope, _ = ravel_pytree(state.grad)
+    size = jnp.linalg.norm(flat)
+    size = jnp.where(size > 0, size, 1.0)
+
+    def normed(direction: Array) -> Array:
+        norm = jnp.linalg.norm(direction)
+        return jnp.where(norm > 0, direction / norm, 0.0)
+
+    relative = jnp.abs(flat) / size
+    directions = jnp.stack([normed(slope), relative * normed(relative * slope)])
+    noise = jnp.finfo(flat.dtype).eps ** 0.75 * size_of_loss(
+        state.loss, state.first_loss
+    )
+
+    def goes_on(carry: tuple[Array, Array]) -> Array:
+        trial, found = carry
+        return is_asked & ~found & (trial < 2 * _DECADES)
+
+    def probe(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        trial, _ = carry
+        step = size * 10.0 ** -(trial // 2).astype(flat.dtype) * directions[trial % 2]
+        return trial + 1, loss_fn(unravel(flat - step)) < state.loss - noise
+
+    start = (jnp.array(0), jnp.array(False))
+    return jax.lax.while_loop(goes_on, probe, start)[1]
 
 
 def _changes_nothing(y: PyTree, update: PyTree) -> Bool[Array, ""]:

@@ -66,25 +66,23 @@ class History(NamedTuple):
 
 
 class Movement(NamedTuple):
-    """The last step that has moved the point, for the tests of tolerances.
+    """The last step, for the tests of tolerances.
 
     Attributes:
       update: The step itself, the difference of two iterates.
       loss: The loss where it started.
       grad: The gradient there.
-      still: Whether a step since then has changed no bit of the point.
     """
 
     update: PyTree
     loss: Float[Array, ""]
     grad: PyTree
-    still: Bool[Array, ""]
 
     @classmethod
     def none(cls, y: PyTree, dtype: jnp.dtype) -> "Movement":
         """Before the first step: no test is passed by it."""
         zeros = jax.tree.map(jnp.zeros_like, y)
-        return cls(zeros, jnp.array(jnp.inf, dtype), zeros, jnp.array(False))
+        return cls(zeros, jnp.array(jnp.inf, dtype), zeros)
 
 
 class MinimiserState(eqx.Module, Generic[Y, Aux]):
@@ -96,8 +94,8 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
         started from or, once the run has ended, the one that it led to.
       grad: The gradient at that point.
       aux: What the loss returned beside its value at that point.
-      movement: The last step that has moved. None where no tolerance is on: nobody asks
-        for it, and to keep it changes how XLA rounds.
+      movement: The last step. None where no tolerance is on: nobody asks for it, and
+        to keep it changes how XLA rounds.
       opt_state: The state of the optax transformation.
       converged: Whether a tolerance has been met.
       stalled: Whether it is proven that no step can move the point any more.

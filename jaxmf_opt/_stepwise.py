@@ -66,7 +66,7 @@ def solve_stepwise(
     rows: list[History] = []
     is_alarmed = alarms()
     lane, step, unseen = Lane(), program.step, record.unseen
-    steps, told, interrupted = int(of.step), None, False
+    steps, told, interrupted, has_stalled = int(of.step), None, False, False
     while steps < max_steps and not interrupted:
         at = y
         y, opt_state, tally, told = step(at, opt_state, tally, before, captured, limits)
@@ -78,6 +78,7 @@ def solve_stepwise(
         if limits is not None:
             if told.converged:
                 break
+            has_stalled = bool(told.stalled)
             first = before[1] if before and steps else told.loss
             before = (cast(Movement, told.movement), first)
         steps += 1
@@ -86,17 +87,21 @@ def solve_stepwise(
         info = CallbackArgs(steps - 1, told.loss, told.grad, y, opt_state)
         info.told_by(lane, record.state_after, steps, at, y, opt_state, tally, told)
         interrupted = asks_to_stop(callback(info))
+        if has_stalled:
+            break
     else:
         with own_transfers():
             tally = tally.at[0].set(0)
         _, _, tally, told = step(y, opt_state, tally, before, captured, limits)
         unseen.append((y, told))
     end = record.state_after(steps, y, y, opt_state, tally, told)
-    flags = (told.converged is not None and bool(told.converged), interrupted, True)
+    converged = told.converged is not None and bool(told.converged)
+    flags = (converged, has_stalled, interrupted, True)
     with own_transfers(), no_alarms():
         end = eqx.tree_at(
             lambda s: (
-                *(s.minimiser.converged, s.minimiser.interrupted, s.minimiser.ended),
+                *(s.minimiser.converged, s.minimiser.stalled),
+                *(s.minimiser.interrupted, s.minimiser.ended),
             ),
             end,
             tuple(map(jnp.asarray, flags)),
@@ -104,7 +109,7 @@ def solve_stepwise(
         if told.row is not None:
             table = _table(rows, int(of.step), max_steps)
             end = SolverState(y, end.minimiser.with_history(table))
-    return program.value_and_finish(end, max_steps)
+    return program.value_and_finish(end, captured, max_steps)
 
 
 class _Record:

@@ -20,7 +20,8 @@ from ._callback import CallbackArgs, CallbackFnType, Lane, combine, parts, trace
 from ._custom_types import Aux, Y
 from ._host_call import call, close_run, open_run
 from ._host_runs import Listener
-from ._minimiser import LeanOptaxMinimiser, Tolerance
+from ._minimiser import Tolerance
+from ._stall import StoppingMinimiser
 from ._state import MinimiserState, SolverState
 from ._structure import Structure
 from ._x64 import hoist, inside_region, struct
@@ -177,7 +178,7 @@ def _checked(fn: traced, treedef: Any) -> Callable[..., Bool[Array, ""]]:
     return stop
 
 
-class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
+class WatchedMinimiser(StoppingMinimiser[Y, Aux]):
     """A minimiser that tells a callback of each step, and stops when it says so."""
 
     watch: Watch = eqx.field(static=True)
@@ -190,6 +191,8 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
         tolerances: tuple[Tolerance, Tolerance, Tolerance],
         watch: Watch,
         captured: Sequence[Array],
+        *,
+        stops: bool,
     ):
         """Opens the run: each solve needs a minimiser of its own.
 
@@ -198,8 +201,9 @@ class WatchedMinimiser(LeanOptaxMinimiser[Y, Aux]):
           tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
           watch: Who is told.
           captured: The arrays that `watch` needs.
+          stops: As of `StoppingMinimiser`.
         """
-        super().__init__(optim, *tolerances)
+        super().__init__(optim, tolerances, stops=stops)
         self.watch = watch
         self.run = None if watch.host is None else open_run(watch.host)
         self.captured = captured

@@ -1,0 +1,180 @@
+"""How often a solve says that it has converged where it has not: never, is the claim.
+
+    python -m benchmarks.statuses
+
+A thousand fits (exponentials, peaks, growth curves, likelihoods, steep and flat losses;
+random data, starts and units), each with `rtol` and with `gtol`, by the default and by
+the robust optimizer. Every end that is called successful is checked in ways that know
+nothing of the tests in the solver. It is right if
+
+* the gradient, computed again, is at most `gtol`, or
+* the robust optimizer, which goes on from there for 3,000 steps, brings the loss down
+  by no more than 100 `rtol`, relatively to the loss or, where that goes to 0, to 1 or
+  the loss at the start if that is smaller, or
+* it is on a plateau: by gradient and Hessian, no change of the parameters by as much as
+  their size brings the loss down by more than 100 `rtol` either.
+
+Else it is false. A typical printout:
+
+{printout}
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optimistix import RESULTS
+
+from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER
+from jaxmf_opt.sweeps import sweep
+
+LANES, POINTS = 100, 30
+RTOL, GTOL = 1e-6, 1e-6
+
+
+class Data(NamedTuple):
+    """A random problem.
+
+    Attributes:
+      x: Where something was observed, POINTS numbers in [0, 4].
+      z: Standard normal numbers, as many.
+      u: Uniform numbers, as many.
+      unit: The unit of the parameters, relatively to the model's own.
+    """
+
+    x: Any
+    z: Any
+    u: Any
+    unit: Any
+
+
+Model = Callable[[Any, Data], Any]
+
+
+def residuals(curve: Callable[[Any, Any], Any], truth: tuple[float, ...]) -> Model:
+    """Least squares for a curve, with noise of 5%."""
+
+    def loss(y: Any, d: Data) -> Any:
+        observed = curve(jnp.array(truth), d.x)
+        return jnp.mean((curve(y, d.x) - observed * (1 + 0.05 * d.z)) ** 2)
+
+    return loss
+
+
+def logistic(y: Any, d: Data) -> Any:
+    score = y[0] + y[1] * d.x
+    label = d.u < jax.nn.sigmoid(d.x - 2)
+    return jnp.mean(jnp.logaddexp(0.0, score) - label * score)
+
+
+def poisson(y: Any, d: Data) -> Any:
+    rate = y[0] + y[1] * d.x
+    count = jnp.round(jnp.exp(0.3 + 0.5 * d.x) + d.z)
+    return jnp.mean(jnp.exp(rate) - jnp.maximum(count, 0) * rate)
+
+
+def weibull(y: Any, d: Data) -> Any:
+    shape, scale = jnp.exp(y[0]), jnp.exp(y[1])
+    lifetime = 3 * (-jnp.log(d.u + 1e-3)) ** 0.5
+    ratio = lifetime / scale
+    return -jnp.mean(
+        jnp.log(shape / scale) + (shape - 1) * jnp.log(ratio) - ratio**shape
+    )
+
+
+def steep(y: Any, d: Data) -> Any:
+    return jnp.exp(100 * y[0] * d.u[0]) - y[0] + (y[1] - d.z[0]) ** 2
+
+
+def valley(y: Any, d: Data) -> Any:
+    bend = 10 ** (4 * d.u[0])
+    return bend * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2
+
+
+def flat(y: Any, d: Data) -> Any:
+    return (y[0] - d.z[0]) ** 4 + 1e-6 * (y[1] - d.z[1]) ** 2 + y[0] ** 2
+
+
+MODELS: dict[str, Model] = {
+    "decay": residuals(lambda y, x: y[0] * jnp.exp(-y[1] * x), (2.0, 0.7)),
+    "growth": residuals(lambda y, x: y[0] * jnp.exp(y[1] * x**2), (0.5, 0.9)),
+    "peak": residuals(lambda y, x: y[0] * jnp.exp(-((x - y[1]) ** 2)), (3.0, 1.8)),
+    "rational": residuals(lambda y, x: y[0] * x / (y[1] + x), (4.0, 0.6)),
+    "logistic": logistic,
+    "poisson": poisson,
+    "weibull": weibull,
+    "steep": steep,
+    "valley": valley,
+    "flat": flat,
+}
+
+
+def run(model: Model, data: Data, start: Any, optimizer: Any, **options: Any) -> Any:
+    """Whether lanes are called successful, and the losses where they end and begin."""
+
+    def loss(y: Any, d: Data) -> Any:
+        return model(y / d.unit, d)
+
+    def best(y: Any) -> Any:
+        further = sweep(loss, y, data, in_axes=0, **robust, max_optimizer_steps=3000)
+        return further.loss
+
+    robust: Any = {"optimizer": ROBUST_OPTIMIZER}
+    kept: Any = {"in_axes": 0, "optimizer": optimizer, "max_optimizer_steps": 500}
+    solution = sweep(loss, start, data, **kept, **options)
+    successful = np.asarray(solution.result == RESULTS.successful)
+    evaluate = jax.jit(jax.vmap(jax.value_and_grad(loss)))
+    first, end = evaluate(start, data)[0], evaluate(solution.value, data)
+    least = np.fmin(np.asarray(best(solution.value)), end[0])
+    scale = np.maximum(np.abs(least), np.minimum(np.abs(first), 1.0))
+    excess = (end[0] - least) / scale
+    curvatures = jax.jit(
+        jax.vmap(lambda *x: jnp.linalg.eigvalsh(jax.hessian(loss)(*x)))
+    )
+    downwards = np.maximum(-np.min(curvatures(solution.value, data), axis=1), 0.0)
+    size = np.linalg.norm(solution.value, axis=1)
+    within = np.linalg.norm(end[1], axis=1) * size + downwards * size**2 / 2
+    plateau = within <= 100 * RTOL * np.maximum(np.abs(end[0]), scale)
+    excess = np.where(plateau, 0.0, excess)
+    return successful, excess, np.max(np.abs(end[1]), axis=1)
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    print(f"{'model':10} {'tolerance':10} {'optimizer':10} successful  false   worst")
+    total = np.zeros(3, int)
+    for seed, (name, model) in enumerate(MODELS.items()):
+        rng = np.random.default_rng(seed)
+        data = Data(
+            np.sort(rng.uniform(0, 4, (LANES, POINTS))),
+            rng.normal(size=(LANES, POINTS)),
+            rng.uniform(size=(LANES, POINTS)),
+            10.0 ** rng.integers(-6, 7, LANES)[:, None],
+        )
+        start = rng.normal(size=(LANES, 2)) * data.unit
+        for which, optimizer in (
+            ("default", DEFAULT_OPTIMIZER),
+            ("robust", ROBUST_OPTIMIZER),
+        ):
+            for tolerance, value in (("rtol", RTOL), ("gtol", GTOL)):
+                success, excess, slope = run(
+                    model, data, start, optimizer, **{tolerance: value}
+                )
+                of = excess / (100 * RTOL)
+                if tolerance == "gtol":
+                    of = np.where(slope <= GTOL, 0, of)
+                false = success & ~(of <= 1 + 1e-6)
+                worst = np.max(of[success], initial=0.0)
+                total += [LANES, success.sum(), false.sum()]
+                print(
+                    f"{name:10} {tolerance:10} {which:10} {success.sum():4} of {LANES}"
+                    f" {false.sum():6} {worst:7.1e}",
+                    flush=True,
+                )
+    print(f"{total[1]} of {total[0]} successful, {total[2]} of them falsely")
+
+
+if __name__ == "__main__":
+    main()
