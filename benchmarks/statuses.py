@@ -139,7 +139,7 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    model: Model, data: Data, start: Any, optimizer: Any, **tolerance: float
+    model: Model, data: Data, start: Any, optimizer: Any, **tolerance: Any
 ) -> Verdict:
     """Solves problems, and looks whether what is called successful is."""
 

@@ -59,7 +59,8 @@ class StoppingMinimiser(LeanOptaxMinimiser[Y, Aux]):
           stops: Whether to stop there. It goes on for callbacks, which see steps that
             change nothing, too, where no tolerance is on.
         """
-        super().__init__(optim, *tolerances)
+        rtol, atol, gtol = tolerances
+        super().__init__(optim, rtol, atol, gtol)
         is_known = isinstance(optim, RobustOptimizer) or is_default(optim)
         self._stops = stops and is_known
 
