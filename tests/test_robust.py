@@ -169,13 +169,13 @@ class TestLineSearch:
 
         floored, y = robust.rounding_floor(search), jnp.array(1.0)
         state: Any = floored.init(y)
-        given.clear()
         for value in (1e-3, 1e9, 1e-3, 0.0, -1e-3):
             _, state = floored.update(
                 -y, state, y, value=jnp.array(value), grad=y, value_fn=lambda y: y**2
             )
         floor = 4 * np.finfo(float).eps * 1e9 / 1e-3
-        want = [1e-6, 1e-6, floor, 1e-6, floor]
+        # (Twice before the first update: when it is made, and at the start.)
+        want = [1e-6, 1e-6, 1e-6, 1e-6, floor, 1e-6, floor]
         np.testing.assert_allclose(given, want, rtol=1e-12)
         assert isinstance(state[-1], optax.ScaleByZoomLinesearchState)
 
