@@ -341,17 +341,16 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         is that which the last step has met. A step that has not moved tells nothing.
         """
         change = jax.tree.map(jnp.subtract, grad, last.grad)
-        curvature = _squared_norm(change) / _dot(last.update, change)
-        distance = jnp.sqrt(_squared_norm(grad)) / curvature
+        squared_change, squared_grad = _squared_norm(change), _squared_norm(grad)
+        curvature = squared_change / _dot(last.update, change)
+        distance = jnp.sqrt(squared_grad) / curvature
         size = jnp.sqrt(_squared_norm(y))
         eps = jnp.finfo(size.dtype).eps
         elements = sum(x.size for x in jax.tree.leaves(y))
         allowed = jnp.maximum(self.rtol, eps**0.5) * size + self.atol * elements**0.5
-        is_still = _squared_norm(grad) == 0
         # The change of a gradient must be more than its rounding.
-        is_curved = _squared_norm(change) > eps * _squared_norm(grad)
-        is_curved &= curvature > 0
-        return (is_curved & (distance <= allowed)) | is_still
+        is_curved = (curvature > 0) & (squared_change > eps * squared_grad)
+        return (is_curved & (distance <= allowed)) | (squared_grad == 0)
 
     def _move(
         self,

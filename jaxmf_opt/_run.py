@@ -23,12 +23,11 @@ from ._minimiser import (
     LeanOptaxMinimiser,
     Tolerance,
     all_finite,
-    relative_gradient,
 )
 from ._objective import Program
 from ._optimizer import optimizer_key
 from ._solution import Solution
-from ._stall import StoppingMinimiser, can_descend
+from ._stall import StoppingMinimiser, stalled_at_minimum
 from ._start import as_float64, is_of_problem, recording, start
 from ._state import Evaluations, History, MinimiserState, Movement, SolverState
 from ._structure import CACHE_SIZE
@@ -275,15 +274,13 @@ class Recipe:
           The solution, with a float64 value.
         """
         state = end.minimiser
-        last, y = state.last_finite, end.params
+        last = state.last_finite
         finite = jnp.isfinite(state.loss) & jnp.isfinite(last.grad_norm)
         finite &= all_finite(end.params)
         success = state.interrupted | (last.grad_norm == 0)
-        slope = relative_gradient(y, state.loss, state.grad, state.first_loss)
-        stationary = state.stalled & (slope <= jnp.finfo(slope.dtype).eps ** (1 / 3))
-        loss = lambda y: self.program.loss(y, captured)  # noqa: E731
-        stationary &= ~can_descend(loss, y, state, stationary)
-        success |= state.converged | stationary
+        success |= state.converged | stalled_at_minimum(
+            lambda y: self.program.loss(y, captured), end
+        )
         at_limit: Any = RESULTS.nonlinear_max_steps_reached
         stagnant: Any = RESULTS.stagnation
         result = RESULTS.where(state.stalled, stagnant, at_limit)
@@ -346,7 +343,11 @@ class Recipe:
         if self._history is not None:
             row = History.of_no_steps(1)
         parts = lambda s: (  # noqa: E731
-            *(s.opt_state, s.evaluations, s.history, s.movement, s.first_loss),
+            s.opt_state,
+            s.evaluations,
+            s.history,
+            s.movement,
+            s.first_loss,
         )
         new_parts = (opt_state, Evaluations(*tally[1:]), row, *of_last)
         state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)

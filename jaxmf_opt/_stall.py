@@ -18,9 +18,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
 
 from ._custom_types import Aux, Y
-from ._minimiser import LeanOptaxMinimiser, Tolerance, size_of_loss
+from ._minimiser import (
+    LeanOptaxMinimiser,
+    Tolerance,
+    relative_gradient,
+    size_of_loss,
+)
 from ._optimizer import DEFAULT_OPTIMIZER, optimizer_key
-from ._state import MinimiserState
+from ._state import SolverState
 from .robust import RobustOptimizer
 
 # Steps along the gradient are tried that differ by so many powers of 10.
@@ -61,8 +66,9 @@ class StoppingMinimiser(LeanOptaxMinimiser[Y, Aux]):
         """
         rtol, atol, gtol = tolerances
         super().__init__(optim, rtol, atol, gtol)
-        is_known = isinstance(optim, RobustOptimizer) or is_default(optim)
-        self._stops = stops and is_known
+        self._stops = stops and (
+            isinstance(optim, RobustOptimizer) or is_default(optim)
+        )
 
     def _stalled(
         self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: Any
@@ -105,28 +111,27 @@ def _default_stands_still(
     return _changes_nothing(y, update) & never_moves
 
 
-def can_descend(
-    loss_fn: Callable[[PyTree], Scalar],
-    y: PyTree,
-    state: MinimiserState,
-    is_asked: Bool[Array, ""],
+def stalled_at_minimum(
+    loss_fn: Callable[[PyTree], Scalar], end: SolverState
 ) -> Bool[Array, ""]:
-    """Whether the loss is visibly smaller somewhere along the negative gradient.
+    """Whether an optimizer stands still where it should: at a minimum.
 
-    An optimizer stands still at a minimum, but also where its last step was too long:
-    it then tries steps that are too short to change anything. Here the steps are of all
-    lengths, from the size of the parameters down to their rounding; once for parameters
-    of one unit, and once for each in its own.
+    There the gradient is small, and nowhere along it is the loss visibly smaller. An
+    optimizer also stands still where its last step was too long: it then tries steps
+    that are too short to change anything. Here the steps are of all lengths, from the
+    size of the parameters down to their rounding; once for parameters of one unit, and
+    once for each in its own.
 
     Args:
       loss_fn: The loss.
-      y: A point.
-      state: With loss and gradient there, and the loss where the solve started.
-      is_asked: Whether to look at all.
+      end: Where the solve has ended.
 
     Returns:
-      Whether it is; false if not asked.
+      Whether it does. Nothing is evaluated if it does not stand still.
     """
+    y, state = end.params, end.minimiser
+    steepness = relative_gradient(y, state.loss, state.grad, state.first_loss)
+    is_flat = state.stalled & (steepness <= jnp.finfo(steepness.dtype).eps ** (1 / 3))
     flat, unravel = ravel_pytree(y)
     slope, _ = ravel_pytree(state.grad)
     size = jnp.linalg.norm(flat)
@@ -144,7 +149,7 @@ def can_descend(
 
     def goes_on(carry: tuple[Array, Array]) -> Array:
         trial, found = carry
-        return is_asked & ~found & (trial < 2 * _DECADES)
+        return is_flat & ~found & (trial < 2 * _DECADES)
 
     def probe(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         trial, _ = carry
@@ -152,7 +157,8 @@ def can_descend(
         return trial + 1, loss_fn(unravel(flat - step)) < state.loss - noise
 
     start = (jnp.array(0), jnp.array(False))
-    return jax.lax.while_loop(goes_on, probe, start)[1]
+    _, found = jax.lax.while_loop(goes_on, probe, start)
+    return is_flat & ~found
 
 
 def _changes_nothing(y: PyTree, update: PyTree) -> Bool[Array, ""]:

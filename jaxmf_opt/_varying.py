@@ -107,6 +107,6 @@ def on_mesh(arrays: PyTree) -> PyTree:
 
     def placed(x: Any) -> Any:
         is_outside = isinstance(x, jax.Array) and jax.typeof(x).sharding.mesh.empty
-        return jax.sharding.reshard(x, jax.P(*(None,) * x.ndim)) if is_outside else x
+        return jax.sharding.reshard(x, explicit_sharding(x)) if is_outside else x
 
     return jax.tree.map(placed, arrays)
