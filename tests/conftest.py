@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def settings_of_users(request: pytest.FixtureRequest):
     jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
     _be_strict()
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    """Closes the figures that an example leaves open, as users' examples do."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(autouse=True, scope="module")
