@@ -45,9 +45,7 @@ def _plain() -> Callable[[], Any]:
 
 def _sweep() -> Callable[[], Any]:
     start, targets = jnp.zeros((48, 48)), jnp.linspace(0.1, 0.2, 8)
-    return lambda: sweep(
-        _inverses, start, targets, max_optimizer_steps=6, batch_size=8
-    )
+    return lambda: sweep(_inverses, start, targets, max_optimizer_steps=6, batch_size=8)
 
 
 def _callback() -> Callable[[], Any]:

@@ -11,7 +11,7 @@ from ._callback import CallbackFnType, no_callback
 from ._custom_types import Y
 from ._minimiser import Tolerance
 from ._optimizer import DEFAULT_OPTIMIZER
-from ._solve import solve
+from ._solve import minimise
 
 
 def optimize(
@@ -91,7 +91,7 @@ def optimize(
       https://arxiv.org/abs/2306.08153, https://arxiv.org/abs/2405.15913 and
       https://arxiv.org/abs/2408.08868.
     """
-    return solve(
+    return minimise(
         loss_fn,
         params,
         max_optimizer_steps=max_optimizer_steps,
@@ -102,4 +102,5 @@ def optimize(
         atol=atol,
         gtol=gtol,
         linear_solver=linear_solver,
+        only_value=True,
     ).value

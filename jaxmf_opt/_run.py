@@ -140,8 +140,11 @@ class Recipe:
         return self._key == other._key
 
     def solve(self, *operands: Any) -> Solution:
-        """The same as `solve_in_float64`, with the value in the recipe's dtypes."""
-        return self._cast(self.solve_in_float64(*operands))
+        """The same as `solve_in_float64`, with the value in the recipe's dtypes.
+
+        `judge_stall` is left to the caller, who may not need it.
+        """
+        return self._cast(self._solve(*operands))
 
     def solve_in_float64(
         self,
@@ -165,6 +168,18 @@ class Recipe:
         Returns:
           The solution.
         """
+        solution = self._solve(params, captured, max_steps, tolerances, watched, start)
+        return self.judge_stall(solution, captured)
+
+    def _solve(
+        self,
+        params: PyTree,
+        captured: Sequence[Array],
+        max_steps: Int[Array, ""] | int,
+        tolerances: Tolerances,
+        watched: Sequence[Array] = (),
+        start: SolverState | None = None,
+    ) -> Solution:
         params, captured, start = on_mesh((params, captured, start))
         limit = jnp.asarray(max_steps)
         if start is None:
@@ -175,7 +190,7 @@ class Recipe:
             as_float64(y), begin, captured, limit, tolerances, watched
         )
         end = _pinned(solution.value, solution.state)
-        whole = self.finish(end, captured, limit)
+        whole = self.finish(end, limit)
         if isinstance(minimiser, WatchedMinimiser):
             return minimiser.closed(whole, solution.state)
         return whole
@@ -210,8 +225,8 @@ class Recipe:
         running = of.result == RESULTS.nonlinear_max_steps_reached
         if self._watch is not None:
             running = ~end.minimiser.ended
-        solution = self._cast(self.finish(_pinned(*end), captured, limit))
-        return solution, end, running
+        solution = self._cast(self.finish(_pinned(*end), limit))
+        return self.judge_stall(solution, captured), end, running
 
     def _minimise(
         self,
@@ -260,14 +275,33 @@ class Recipe:
         minimiser = eqx.tree_at(lambda s: s.last_finite, state.minimiser, last)
         return SolverState(jax.tree.map(mine, state.params), minimiser)
 
-    def finish(
-        self, end: SolverState, captured: Sequence[Array], limit: Int[Array, ""]
-    ) -> Solution:
-        """What is told of a run.
+    def judge_stall(self, solution: Solution, captured: Sequence[Array]) -> Solution:
+        """The solution, `successful` if it stands still where there is a minimum.
+
+        That takes evaluations of the loss, which have to be compiled; the value does
+        not depend on them.
+
+        Args:
+          solution: One whose stall is called `stagnation`.
+          captured: What the loss closes over.
+
+        Returns:
+          The solution.
+        """
+        at_minimum = stalled_at_minimum(
+            lambda y: self.program.loss(y, captured), solution.state
+        )
+        stagnant = solution.result == RESULTS.stagnation
+        result = RESULTS.where(
+            stagnant & at_minimum, RESULTS.successful, solution.result
+        )
+        return eqx.tree_at(lambda s: s.result, solution, result)
+
+    def finish(self, end: SolverState, limit: Int[Array, ""]) -> Solution:
+        """What is told of a run, but for `judge_stall`.
 
         Args:
           end: Where it has ended, with what has been recorded.
-          captured: What the loss closes over.
           limit: The limit of steps.
 
         Returns:
@@ -278,9 +312,7 @@ class Recipe:
         finite = jnp.isfinite(state.loss) & jnp.isfinite(last.grad_norm)
         finite &= all_finite(end.params)
         success = state.interrupted | (last.grad_norm == 0)
-        success |= state.converged | stalled_at_minimum(
-            lambda y: self.program.loss(y, captured), end
-        )
+        success |= state.converged
         at_limit: Any = RESULTS.nonlinear_max_steps_reached
         stagnant: Any = RESULTS.stagnation
         result = RESULTS.where(state.stalled, stagnant, at_limit)
@@ -367,10 +399,10 @@ class Recipe:
         return y, state.opt_state, tally, told
 
     def value_and_finish(
-        self, end: SolverState, captured: Sequence[Array], limit: Int[Array, ""] | int
+        self, end: SolverState, limit: Int[Array, ""] | int
     ) -> Solution:
         """The same as `finish`, with the value in the recipe's dtypes."""
-        return self._cast(self.finish(end, captured, jnp.asarray(limit)))
+        return self._cast(self.finish(end, jnp.asarray(limit)))
 
     def loss(self, y: PyTree, captured: Sequence[Array]) -> Float[Array, ""]:
         """The loss at a float64 point."""
@@ -399,6 +431,7 @@ class Compiled(NamedTuple):
     start: Callable[..., SolverState]
     step: Callable[..., tuple[PyTree, PyTree, Array, Told]]
     value_and_finish: Callable[..., Solution]
+    judge_stall: Callable[..., Solution]
     loss: Callable[..., Array]
 
 

@@ -24,14 +24,14 @@ from ._checks import (
     check_tolerance,
 )
 from ._custom_types import PyTree
-from ._debugging import alarms, no_alarms, raise_alarm
+from ._debugging import alarms, no_alarms, own_transfers, raise_alarm
 from ._fork import check_process
 from ._implicit import solve_in_program
 from ._minimiser import Tolerance
 from ._objective import trace
 from ._optimizer import DEFAULT_OPTIMIZER, closed_over
 from ._run import Recipe, Tolerances, compiled
-from ._solution import Solution, throw_failure
+from ._solution import Solution, statuses, throw_failure
 from ._start import going_on, is_of_problem, start
 from ._state import SolverState
 from ._stepwise import solve_stepwise
@@ -120,6 +120,41 @@ def solve(
       >>> solve(loss, jnp.zeros(2), rtol=1e-6, state=first.state).value
       Array([1., 1.], dtype=float32)
     """
+    return minimise(
+        loss_fn,
+        params,
+        max_optimizer_steps=max_optimizer_steps,
+        grad=grad,
+        callback=callback,
+        optimizer=optimizer,
+        rtol=rtol,
+        atol=atol,
+        gtol=gtol,
+        linear_solver=linear_solver,
+        state=state,
+        history=history,
+        throw=throw,
+    )
+
+
+def minimise(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    *,
+    max_optimizer_steps: int,
+    grad: bool,
+    callback: CallbackFnType,
+    optimizer: optax.GradientTransformation,
+    rtol: Tolerance,
+    atol: Tolerance,
+    gtol: Tolerance,
+    linear_solver: lx.AbstractLinearSolver[Any] | None,
+    state: SolverState | Sequence[Array | np.ndarray] | None = None,
+    history: bool = False,
+    throw: bool = False,
+    only_value: bool = False,
+) -> Solution:
+    """As `solve`; with `only_value` a stall is `stagnation`, wherever it is."""
     check_process()
     check_callable("loss_fn", loss_fn)
     check_params(params)
@@ -173,19 +208,32 @@ def solve(
         with jax.enable_x64():
             _check_problem(recipe, captured, first)
     operands = (params, captured, max_steps, tolerances)
-    if stepwise:
-        solution = solve_stepwise(recipe, *operands, callback, first)
-    elif in_program or not recipe.cacheable:
+    if in_program or not (stepwise or recipe.cacheable):
         solution = solve_in_program(recipe, *operands, linear_solver, watched, first)
     else:
-        with jax.enable_x64():
-            solution = compiled(recipe).solve(*operands, watched, first)
+        if stepwise:
+            solution = solve_stepwise(recipe, *operands, callback, first)
+        else:
+            with jax.enable_x64():
+                solution = compiled(recipe).solve(*operands, watched, first)
+        if not only_value:
+            solution = _judged(recipe, captured, solution)
     if alarms() and not is_traced(solution):
         of, end = solution.stats, solution.state
         results = (solution.value, of["loss"], of["grad_norm"], end.minimiser.loss)
         with jax.enable_x64():
             raise_alarm(recipe.loss, end.params, captured, results)
     return throw_failure(solution) if throw else solution
+
+
+def _judged(recipe: Recipe, captured: Sequence[Array], solution: Solution) -> Solution:
+    """The solution, whose stall is judged; nothing is compiled if there is none."""
+    with jax.enable_x64():
+        if not is_traced(solution):
+            with own_transfers():
+                if statuses(solution.result) != "stagnation":
+                    return solution
+        return compiled(recipe).judge_stall(solution, captured)
 
 
 def _check_problem(recipe: Recipe, captured: Sequence[Array], state: Any) -> None:

@@ -109,7 +109,7 @@ def solve_stepwise(
         if told.row is not None:
             table = _table(rows, int(of.step), max_steps)
             end = SolverState(y, end.minimiser.with_history(table))
-    return program.value_and_finish(end, captured, max_steps)
+    return program.value_and_finish(end, max_steps)
 
 
 class _Record:
