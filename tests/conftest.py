@@ -91,10 +91,10 @@ _CACHE = {
 
 def pytest_configure(config: pytest.Config):
     config.addinivalue_line(
-        "markers", "bits: needs optimized programs; test_upstream.py runs it in some"
+        "markers", "bits: needs optimized programs; test_elsewhere.py runs it in some"
     )
     config.addinivalue_line(
-        "markers", "slow: takes long, and hardly depends on releases"
+        "markers", "annotated: test_elsewhere.py runs it, with annotations checked"
     )
     config.addinivalue_line(
         "markers", "mixes: runs code that mixes types or ranks of arrays"
@@ -114,9 +114,12 @@ def pytest_configure(config: pytest.Config):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
-    """Leaves tests of bits to `test_bits`, if programs are not optimized."""
-    if config.option.optimized:
-        return
-    of_bits = [item for item in items if item.get_closest_marker("bits")]
-    config.hook.pytest_deselected(items=of_bits)
-    items[:] = [item for item in items if item not in of_bits]
+    """Leaves to `test_elsewhere.py` what needs other settings, and starts with it."""
+    elsewhere: list[pytest.Item] = []
+    if not config.option.optimized:
+        elsewhere += [item for item in items if item.get_closest_marker("bits")]
+    if not config.option.jaxtyping_packages:
+        elsewhere += [item for item in items if item.get_closest_marker("annotated")]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
+    items.sort(key=lambda item: "test_elsewhere" not in item.nodeid)

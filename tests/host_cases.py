@@ -4,7 +4,6 @@ Run as a script, by `test_host_call.py`, in a process of its own.
 """
 
 import functools
-import itertools
 import json
 import os
 import sys
@@ -206,16 +205,18 @@ CASES: dict[str, Callable[[], None]] = {
         f"{way}, {'traced' if t else 'host'}, {'stop' if s else 'no stop'}": (
             functools.partial(agrees, way, s, t)
         )
-        for way in ON_DEVICES
-        for t, s in ((False, False), (False, True), (True, True))
+        for i, way in enumerate(ON_DEVICES)
+        for t, s in ((False, True), (i % 2 == 0, False))
     },
     **{
         f"exception {'everywhere' if e else 'in one lane'}, {way}": (
             functools.partial(fails, way, e)
         )
-        for way, e in itertools.product(
-            ("shard_map", "shard_map and psum", "sharded input", "eager sharded input"),
-            (False, True),
+        for way, e in (
+            ("shard_map", False),
+            ("shard_map and psum", False),
+            ("sharded input", True),
+            ("eager sharded input", False),
         )
     },
     "branch of one device": branch_of_one_device,

@@ -14,7 +14,8 @@ from jaxmf_opt import callbacks, losses, robust, sweeps
 from jaxmf_opt.losses import workloads
 from jaxmf_opt.sweeps import plots
 
-pytestmark = pytest.mark.mixes  # examples, with the settings of a user
+# Examples, with the settings of a user.
+pytestmark = [pytest.mark.mixes, pytest.mark.annotated]
 
 MODULES = [
     m.name

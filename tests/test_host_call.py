@@ -21,7 +21,6 @@ def results() -> dict[str, str]:
     return report_of(host_cases.__file__, devices=host_cases.DEVICES, timeout=500)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", host_cases.CASES)
 def test_on_four_devices_and_one_core(case: str, results: dict[str, str]):
     assert results[case] == ""

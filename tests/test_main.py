@@ -28,7 +28,7 @@ from jaxmf_opt.__main__ import Line, arrays, main, table
 from jaxmf_opt._files import locked
 from jaxmf_opt._job import Outcome, SetUp
 
-pytestmark = [pytest.mark.mixes, pytest.mark.slow]  # upstream's code; whole jobs
+pytestmark = pytest.mark.mixes  # upstream's code; whole jobs
 
 # In three epochs of 7 steps, one in two steps, columns of 3 bands have rows in common.
 STEPS, EPOCHS, MOMENTA, BANDS = (9, 7), (1, 3), (0.0, 0.9), (1, 3)

@@ -24,7 +24,6 @@ def test_the_table_is_that_of_the_comparison():
 
 
 @pytest.mark.mixes  # as a user might, with the settings of a user
-@pytest.mark.slow
 def test_every_python_block_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from jaxmf_opt import optimize
 from jaxmf_opt._objective import trace
@@ -37,7 +36,6 @@ def live() -> tuple[int, int, int]:
     return compiled.cache_info().currsize, len(programs), len(gc.get_objects())
 
 
-@pytest.mark.slow
 def test_fresh_closures_leave_nothing_behind():
     def many(count: int) -> None:
         for i in range(count):

@@ -12,9 +12,7 @@ import pytest
 
 from jaxmf_opt import CallbackArgs, optimize, solve, sweep, traced
 
-pytestmark = pytest.mark.slow
-
-THREADS, EACH = 8, 2
+THREADS, EACH = 6, 2
 
 
 def centre(thread: int, number: int) -> np.ndarray:
@@ -78,8 +76,8 @@ def going_on(c: np.ndarray) -> Any:
 
 
 WAYS: list[Callable[[np.ndarray], Any]] = [
-    *(eager, with_callback, with_traced_callback, jitted, differentiated),
-    *(in_a_sweep, going_on),
+    *(eager, with_callback, with_traced_callback, differentiated, in_a_sweep),
+    going_on,
 ]
 
 

@@ -8,10 +8,7 @@ bit. Only a zoom line search gets a tolerance: see `ZOOM_RTOL`.
 import dataclasses
 import functools
 import inspect
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -212,14 +209,9 @@ EXACT: dict[str, Callable[[], Problem]] = {
     "toeplitz-mean-16": lambda: toeplitz_problem(16, 4, jnp.mean),
     "toeplitz-mean-128": lambda: toeplitz_problem(128, 16, jnp.mean),
     "toeplitz-mean-1024": lambda: toeplitz_problem(1024, 32, jnp.mean),
-    "toeplitz-max-16": lambda: toeplitz_problem(16, 4, jnp.max),
     "toeplitz-max-128": lambda: toeplitz_problem(128, 16, jnp.max),
-    "toeplitz-max-1024": lambda: toeplitz_problem(1024, 32, jnp.max),
-    "inverse-mean-16": lambda: inverse_toeplitz_problem(16, 4, jnp.mean),
     "inverse-mean-128": lambda: inverse_toeplitz_problem(128, 16, jnp.mean),
-    "inverse-mean-1024": lambda: inverse_toeplitz_problem(1024, 32, jnp.mean),
     "inverse-last-16": lambda: inverse_toeplitz_problem(16, 4, last),
-    "inverse-last-128": lambda: inverse_toeplitz_problem(128, 16, last),
     "inverse-last-1024": lambda: inverse_toeplitz_problem(1024, 32, last),
     "dense-1-epoch": lambda: dense_problem(1),
     "dense-2-epochs": lambda: dense_problem(2),
@@ -264,6 +256,7 @@ def test_callback_args_have_the_fields_of_upstream():
     assert [f.name for f in dataclasses.fields(jaxmf_opt.CallbackArgs)] == theirs
 
 
+@pytest.mark.bits
 def test_the_default_optimizer_is_that_of_upstream():
     """Whichever of the two is named, it leads to where upstream's leads."""
     problem = EXACT["toeplitz-mean-16"]()
@@ -288,6 +281,7 @@ def test_every_step_is_that_of_upstream(name: str):
             assert_identical(getattr(of_ours, field), getattr(of_theirs, field))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", EXACT)
 def test_the_run_gets_somewhere(name: str):
     """Else equal steps would say little: the loss falls and no value is missing."""
@@ -306,6 +300,7 @@ def test_the_result_is_that_of_upstream(name: str):
     assert_identical(loop, theirs.result)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", EXACT)
 def test_the_result_has_the_types_of_upstream(name: str):
     theirs, ours, loop = exact(name)
@@ -315,6 +310,7 @@ def test_the_result_has_the_types_of_upstream(name: str):
         )
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["dense-1-epoch", "dense-2-epochs"])
 def test_the_default_callback_of_upstream_stops_both_at_the_same_step(name: str):
     theirs, ours, _ = exact(name)
@@ -334,6 +330,7 @@ def test_the_setting_around_the_call_does_not_matter(x64: bool):
     assert_identical(ran.loop, exact("mixed-tree").theirs.result)
 
 
+@pytest.mark.bits
 def test_leaves_get_their_own_dtypes_back():
     got = jax.tree.map(lambda x: x.dtype, exact("mixed-tree").loop)
     want = jax.tree.map(lambda x: x.dtype, mixed_tree())
@@ -682,22 +679,3 @@ def test_takes_all_its_steps_and_counts_them_from_zero():
 def test_a_loss_may_bring_its_gradient():
     found = jaxmf_opt.optimize(lambda x: (x**2, 2 * x), jnp.asarray(10.0), grad=True)
     np.testing.assert_array_equal(found, 0.0)
-
-
-@pytest.mark.slow
-def test_bits():
-    """Those tests here that are about bits, in programs as users have them.
-
-    The suite has XLA compile quickly, and two programs that do the same then round
-    differently more often. Where bits are compared, XLA is to optimize.
-    """
-    options = ("-q", "-n0", "--optimized", "-m", "bits")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "passed" in done.stdout

@@ -19,7 +19,6 @@ def results() -> dict[str, float | str]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", sharded_cases.CASES)
 def test_on_four_devices(case: str, results: dict[str, float | str]):
     result = results[case]

@@ -13,7 +13,7 @@ from jax_privacy.matrix_factorization import buffered_toeplitz
 from jaxmf_opt import ROBUST_OPTIMIZER, optimize, solve
 from jaxmf_opt.losses import BufferedToeplitz, workloads
 
-pytestmark = [pytest.mark.mixes, pytest.mark.slow]  # upstream's code
+pytestmark = pytest.mark.mixes  # upstream's code
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -34,7 +34,7 @@ from jaxmf_opt.losses import (
     workloads,
 )
 
-pytestmark = [pytest.mark.mixes, pytest.mark.slow]  # upstream's code
+pytestmark = pytest.mark.mixes  # upstream's code
 
 FAMILIES = ("banded", "inverse", "buffered")
 by_family = pytest.mark.parametrize("family", FAMILIES)

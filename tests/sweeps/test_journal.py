@@ -35,8 +35,6 @@ from jaxmf_opt.sweeps import SweepInterrupted, _batch, _journal, _sweep
 from jaxmf_opt.sweeps._journal import Journal, Layout, remove_records
 from jaxmf_opt.sweeps._meter import Meter
 
-pytestmark = pytest.mark.slow
-
 
 def numbered(directory: Path) -> list[Path]:
     return sorted(directory.glob("[0-9]*.npz"))

@@ -362,7 +362,6 @@ TOGETHER = [case for case in SOLVED if case not in ("devices_of_one", "default_d
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a signal is sent")
-@pytest.mark.slow
 class TestTwoProcesses:
     @pytest.mark.parametrize("case", TOGETHER)
     def test_each_returns_the_whole(self, case: str, runs: Runs):

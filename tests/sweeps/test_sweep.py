@@ -1176,7 +1176,6 @@ test_sweep.run_on_devices()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ON_DEVICES)
 def test_on_four_devices(case: str, on_devices: dict[str, str]):
     assert not on_devices[case], on_devices[case]
