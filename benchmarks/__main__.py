@@ -1,6 +1,8 @@
-"""Runs every benchmark: `python -m benchmarks` (from the root of the repository).
+"""Compares speeds and solvers: `python -m benchmarks`, from the root of the repository.
 
-But for the fuzzer, which takes hours: `python -m benchmarks.fuzz`.
+The other benchmarks ask whether the numbers are right, whether something stays behind
+or hangs, and what a part is good for. They take from minutes to hours, each by itself:
+`ablation`, `derivatives`, `fuzz`, `hangs`, `soak`, `statuses` and `transformations`.
 """
 
 from . import callbacks, calls, comparison, losses, regions, steps, sweeps

@@ -67,7 +67,9 @@ def optimize(
       linear_solver: Solves the linear system of the derivative of the minimum, if one
         is taken. By default a factorisation up to 2,048 parameters, and above them
         conjugate gradients and LSMR, without a matrix. Where the system was not solved
-        the derivative is NaN.
+        the derivative is NaN: give the solver more steps, or none for the default.
+        (`lineax.CG` with `atol=0` does not start where an element of the right-hand
+        side is 0.)
 
     Returns:
       The parameters that approximately minimise the loss locally, with the structure
