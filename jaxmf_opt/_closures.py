@@ -7,10 +7,11 @@ are arrays to their owners, so here they are operands like any array.
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +32,56 @@ def with_operands(fn: Callable[..., Any]) -> Callable[..., Any]:
       A copy of it, or `fn` itself if there is nothing to change.
     """
     return _changed(fn, ())
+
+
+def with_open_constants(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+    """A program whose constants are its own, and not those of functions it has jitted.
+
+    Looks into functions that are called by the program itself, or by others that are;
+    not into those that a loop or a branch calls.
+
+    Args:
+      closed: A program. What it has jitted and holds arrays becomes a part of it.
+
+    Returns:
+      The program, traced anew if anything has changed.
+    """
+    if not any(_has_own_constants(eqn) for eqn in closed.eqns):
+        return closed
+
+    def run(*operands: Any) -> list[Any]:
+        return _evaluate(closed, operands)
+
+    return jax.make_jaxpr(run)(*(v.aval for v in closed.jaxpr.invars))
+
+
+def _has_own_constants(eqn: jex.JaxprEqn) -> bool:
+    if eqn.primitive.name != "jit":
+        return False
+    inner = eqn.params["jaxpr"]
+    return bool(inner.consts) or any(map(_has_own_constants, inner.eqns))
+
+
+def _evaluate(closed: jex.ClosedJaxpr, operands: Sequence[Any]) -> list[Any]:
+    jaxpr = closed.jaxpr
+    names = [*jaxpr.constvars, *jaxpr.invars]
+    values = dict(zip(names, [*closed.consts, *operands], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        args = [read(v) for v in eqn.invars]
+        if _has_own_constants(eqn):
+            out = _evaluate(eqn.params["jaxpr"], args)
+        else:
+            params = eqn.primitive.get_bind_params(eqn.params)
+            with eqn.ctx.manager:
+                out = eqn.primitive.bind(*args, **params)
+            if not eqn.primitive.multiple_results:
+                out = [out]
+        values.update(zip(eqn.outvars, out, strict=True))
+    return [read(v) for v in jaxpr.outvars]
 
 
 def _changed(x: Any, parents: tuple[int, ...]) -> Any:

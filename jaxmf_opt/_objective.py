@@ -9,7 +9,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._closures import with_operands
+from ._closures import with_open_constants, with_operands
 from ._structure import Structure
 from ._x64 import hoist, inside_region, struct
 
@@ -148,7 +148,7 @@ def _trace(loss_fn: Callable[..., Any], params: PyTree, *, grad: bool) -> Object
         return out
 
     with inside_region():
-        closed = jax.make_jaxpr(outputs)(*structs)
+        closed = with_open_constants(jax.make_jaxpr(outputs)(*structs))
         _check_local(closed)
         closed, captured = hoist(closed)
         value = Structure(closed)

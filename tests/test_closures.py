@@ -1,9 +1,11 @@
 """Arrays that a loss closes over are operands, however it closes over them."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,22 @@ def by_helper(x: Any) -> Callable[[Any], Any]:
     return lambda y: jnp.sum(rest(y) ** 2)
 
 
+class WithMethod(eqx.Module):
+    x: Any
+
+    @eqx.filter_jit
+    def rest(self, y: Any) -> Any:
+        return jax.jit(lambda y: y - self.x)(y)
+
+    def __call__(self, y: Any) -> Any:
+        return jnp.sum(self.rest(y) ** 2)
+
+
+def by_attribute(x: Any) -> Callable[[Any], Any]:
+    helper = types.SimpleNamespace(rest=jax.jit(lambda y: y - jnp.asarray(x)))
+    return lambda y: jnp.sum(helper.rest(y) ** 2)
+
+
 def with_default(x: Any) -> Callable[[Any], Any]:
     def loss(y: Any, x: Any = x) -> Any:
         return jnp.sum((y - x) ** 2)
@@ -37,6 +55,12 @@ LOSSES: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
     "default": with_default,
     "helper": by_helper,
 }
+# What is not looked into before it is traced.
+ARRAYS_ONLY: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
+    "inner jit": lambda x: lambda y: jax.jit(lambda y: jnp.sum((y - x) ** 2))(y),
+    "attribute": by_attribute,
+    "module": WithMethod,
+}
 KINDS: dict[str, Callable[[float], Any]] = {
     "NumPy scalar": np.float64,
     "0-d NumPy array": np.array,
@@ -47,7 +71,8 @@ KINDS: dict[str, Callable[[float], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_values_compile_nothing(kind: str):
-    for make in LOSSES.values():
+    others = ARRAYS_ONLY if kind.endswith(" array") and kind[0] != "0" else {}
+    for make in [*LOSSES.values(), *others.values()]:
         with jax.enable_x64():
             losses = [make(KINDS[kind](x)) for x in (1.0, 2.0)]
         optimize(losses[0], START)
