@@ -5,11 +5,11 @@ or hangs, and what a part is good for. They take from minutes to hours, each by 
 `ablation`, `derivatives`, `fuzz`, `hangs`, `soak`, `statuses` and `transformations`.
 """
 
-from . import callbacks, calls, comparison, losses, regions, steps, sweeps
+from . import callbacks, calls, comparison, mechanisms, regions, steps, sweeps
 
 
 def main() -> None:
-    for benchmark in (calls, steps, callbacks, regions, losses, sweeps, comparison):
+    for benchmark in (calls, steps, callbacks, regions, mechanisms, sweeps, comparison):
         print((benchmark.__doc__ or "").strip(), end="\n\n")
         benchmark.main()
         print()

@@ -5,7 +5,7 @@ an `H` that is not symmetric (grad=True); of the first kind with a masked parame
 constant along a direction. `H` has singular values from 1 down to 1 / condition.
 Printed are the seconds of a product with the derivative (compiled before) and its
 relative error; "NaN" is what a system gives that was not solved. The library makes a
-matrix up to `_linear_system.DIRECT_SIZE` parameters.
+matrix up to the size that `_solver/linear_system.py` names.
 """
 
 from typing import Any
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmf_opt import _implicit, optimize
+from jaxmf_opt import optimize
+from jaxmf_opt._solver import implicit
 
 from .common import seconds
 
@@ -74,12 +75,12 @@ def _product(kind: str, n: int, *, direct: bool) -> Any:
         v = jnp.asarray(_direction(n))
         return jax.jvp(lambda c: minimum(matrix, c), (v,), (v,))[1]
 
-    default = _implicit.DIRECT_SIZE
-    _implicit.DIRECT_SIZE = n if direct else 0
+    default = implicit.DIRECT_SIZE
+    implicit.DIRECT_SIZE = n if direct else 0
     try:
         return jax.jit(product).lower(jax.ShapeDtypeStruct((n, n), float)).compile()
     finally:
-        _implicit.DIRECT_SIZE = default
+        implicit.DIRECT_SIZE = default
 
 
 def _cell(kind: str, n: int, condition: float, *, direct: bool) -> str:

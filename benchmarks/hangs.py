@@ -1,9 +1,9 @@
 """Do programs of batched linear algebra come back, each of 1,000 times?
 
-In jaxlib 0.10 and 0.11 a batched LAPACK kernel can wait for ever (`_lapack.py` has the
-reason). Each program runs in a process of its own, on one core and on two; a process
-from which nothing is heard for two minutes counts as hung, and is ended. The first row,
-in plain JAX, is the smallest program that hangs; ours must not.
+In jaxlib 0.10 and 0.11 a batched LAPACK kernel can wait for ever (`_jax/lapack.py` has
+the reason). Each program runs in a process of its own, on one core and on two; one from
+which nothing is heard for two minutes counts as hung, and is ended. The first row, in
+plain JAX, is the smallest program that hangs; ours must not.
 
     python -m benchmarks.hangs [--calls 1000]
 """
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from jaxmf_opt import optimize, sweep
-from jaxmf_opt.losses import Dense
+from jaxmf_opt.mechanisms import Dense
 
 PATIENCE = 120.0
 

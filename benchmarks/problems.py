@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER
-from jaxmf_opt.losses import (
+from jaxmf_opt.mechanisms import (
     BandedInverseToeplitz,
     BandedToeplitz,
     BufferedToeplitz,

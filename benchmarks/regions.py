@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import lineax as lx
 
 from jaxmf_opt import optimize
-from jaxmf_opt.losses import BandedToeplitz, workloads
+from jaxmf_opt.mechanisms import BandedToeplitz, workloads
 
 PAIRS = 9
 MATRIX_FREE = lx.LSMR(rtol=1e-12, atol=0.0)

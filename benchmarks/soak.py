@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmf_opt import optimize
-from jaxmf_opt._run import _compiled as compiled
+from jaxmf_opt._solver.recipe import _compiled as compiled
 
 
 def _alike(i: int) -> Any:

@@ -33,7 +33,7 @@ import scipy.optimize
 from jaxtyping import Array
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER, solve, sweep
-from jaxmf_opt.losses import BandedToeplitz, workloads
+from jaxmf_opt.mechanisms import BandedToeplitz, workloads
 
 from .common import least_seconds, seconds
 

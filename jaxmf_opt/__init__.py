@@ -5,24 +5,24 @@ whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
 """
 
 from . import callbacks as callbacks
-from . import losses as losses
+from . import mechanisms as mechanisms
 from . import robust as robust
 from . import sweeps as sweeps
-from ._callback import CallbackArgs as CallbackArgs
-from ._callback import CallbackFnType as CallbackFnType
-from ._callback import Lane as Lane
-from ._callback import combine as combine
-from ._callback import traced as traced
-from ._custom_types import ParamT as ParamT
-from ._minimiser import LeanOptaxMinimiser as LeanOptaxMinimiser
+from ._jax.x64 import jax_enable_x64 as jax_enable_x64
 from ._optimize import optimize as optimize
-from ._optimizer import DEFAULT_OPTIMIZER as DEFAULT_OPTIMIZER
-from ._solution import Solution as Solution
 from ._solve import solve as solve
-from ._state import History as History
-from ._state import MinimiserState as MinimiserState
-from ._state import SolverState as SolverState
-from ._x64 import jax_enable_x64 as jax_enable_x64
+from ._solver.minimiser import LeanOptaxMinimiser as LeanOptaxMinimiser
+from ._solver.optimizers import DEFAULT_OPTIMIZER as DEFAULT_OPTIMIZER
+from ._solver.solution import Solution as Solution
+from ._solver.state import History as History
+from ._solver.state import MinimiserState as MinimiserState
+from ._solver.state import SolverState as SolverState
+from ._typing import ParamT as ParamT
+from .callbacks import CallbackArgs as CallbackArgs
+from .callbacks import CallbackFnType as CallbackFnType
+from .callbacks import Lane as Lane
+from .callbacks import combine as combine
+from .callbacks import traced as traced
 from .robust import ROBUST_OPTIMIZER as ROBUST_OPTIMIZER
 from .sweeps import sweep as sweep
 

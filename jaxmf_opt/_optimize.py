@@ -7,11 +7,11 @@ import lineax as lx
 import optax
 from jaxtyping import Array, Float
 
-from ._callback import CallbackFnType, no_callback
-from ._custom_types import Y
-from ._minimiser import Tolerance
-from ._optimizer import DEFAULT_OPTIMIZER
 from ._solve import minimise
+from ._solver.minimiser import Tolerance
+from ._solver.optimizers import DEFAULT_OPTIMIZER
+from ._typing import Y
+from .callbacks._args import CallbackFnType, no_callback
 
 
 def optimize(

@@ -11,8 +11,21 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from ._callback import CallbackFnType, no_callback, parts, traced
-from ._checks import (
+from ._jax.debugging import alarms, no_alarms, own_transfers, raise_alarm
+from ._jax.fork import check_process
+from ._jax.x64 import caller_dtype, float64_struct, inside_region, is_traced
+from ._solver.compiled_callbacks import watch
+from ._solver.implicit import solve_in_program
+from ._solver.minimiser import Tolerance
+from ._solver.objective import trace
+from ._solver.optimizers import DEFAULT_OPTIMIZER, closed_over
+from ._solver.recipe import Recipe, Tolerances, compiled
+from ._solver.resume import going_on, is_of_problem, start
+from ._solver.solution import Solution, statuses, throw_failure
+from ._solver.state import SolverState
+from ._solver.stepwise import solve_stepwise
+from ._typing import PyTree
+from ._validation import (
     check_callable,
     check_flag,
     check_history,
@@ -23,20 +36,7 @@ from ._checks import (
     check_steps,
     check_tolerance,
 )
-from ._custom_types import PyTree
-from ._debugging import alarms, no_alarms, own_transfers, raise_alarm
-from ._fork import check_process
-from ._implicit import solve_in_program
-from ._minimiser import Tolerance
-from ._objective import trace
-from ._optimizer import DEFAULT_OPTIMIZER, closed_over
-from ._run import Recipe, Tolerances, compiled
-from ._solution import Solution, statuses, throw_failure
-from ._start import going_on, is_of_problem, start
-from ._state import SolverState
-from ._stepwise import solve_stepwise
-from ._watch import watch
-from ._x64 import caller_dtype, float64_struct, inside_region, is_traced
+from .callbacks._args import CallbackFnType, no_callback, parts, traced
 
 
 def solve(

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._checks import check_positive
-from ._linesearch import keeps_the_step
+from ._solver.linesearch import keeps_the_step
+from ._validation import check_positive
 
 T = TypeVar("T")
 

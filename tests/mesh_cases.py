@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmf_opt import optimize, solve
 from jaxmf_opt.callbacks import traced
-from jaxmf_opt.losses import Dense
+from jaxmf_opt.mechanisms import Dense
 from jaxmf_opt.sweeps import sweep
 
 ROWS = np.arange(32, dtype=np.float32).reshape(8, 4) / 16

@@ -29,7 +29,7 @@ def environment(devices: int = 1, **settings: str) -> dict[str, str]:
         "JAX_ENABLE_X64": "0",
         # For the modules beside the tests; the package is the one of this checkout.
         "PYTHONPATH": os.pathsep.join(
-            map(str, (TESTS.parent, TESTS, TESTS / "sweeps"))
+            map(str, (TESTS.parent, TESTS, TESTS / "sweeps", TESTS / "_jax"))
         ),
         **settings,
     }

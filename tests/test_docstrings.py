@@ -10,8 +10,8 @@ import matplotlib
 import pytest
 
 import jaxmf_opt
-from jaxmf_opt import callbacks, losses, robust, sweeps
-from jaxmf_opt.losses import workloads
+from jaxmf_opt import callbacks, mechanisms, robust, sweeps
+from jaxmf_opt.mechanisms import workloads
 from jaxmf_opt.sweeps import plots
 
 # Examples, with the settings of a user.
@@ -48,7 +48,7 @@ def public(module: ModuleType) -> dict[str, object]:
 
 PUBLIC = {
     name: x
-    for module in (jaxmf_opt, callbacks, losses, robust, sweeps, workloads, plots)
+    for module in (jaxmf_opt, callbacks, mechanisms, robust, sweeps, workloads, plots)
     for name, x in public(module).items()
 }
 

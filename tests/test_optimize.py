@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxmf_opt import optimize
-from jaxmf_opt._run import _compiled as compiled
+from jaxmf_opt._solver.recipe import _compiled as compiled
 
 
 def bowl(y: jax.Array, centre: jax.Array) -> jax.Array:

@@ -46,20 +46,18 @@ def test_ci_runs_the_commands_as_written():
         assert f"\n{command}\n" in ci
 
 
-def test_the_layout_lists_every_module():
-    (layout,) = blocks("")[-1:]
-    modules = {p.name for p in (ROOT / "jaxmf_opt").rglob("*.py")} - {"__init__.py"}
-    assert modules == set(re.findall(r"\b(\w+\.py)\b", layout))
-
-
-def test_no_module_imports_one_above_it():
-    order = re.findall(r"^  (\w+)\.py", blocks("")[-1], re.MULTILINE)
-    for path in (ROOT / "jaxmf_opt").glob("_*.py"):
-        if path.stem not in order or path.stem == "__main__":
+def test_nothing_imports_what_stands_above_it():
+    floors = re.findall(r"^  (\w+)", blocks("")[-1], re.MULTILINE)
+    package = ROOT / "jaxmf_opt"
+    for path in package.rglob("*.py"):
+        folders = path.relative_to(package).with_suffix("").parts
+        if folders[0] not in floors:  # __init__ and __main__
             continue
-        imported = re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
-        for name in set(imported) & set(order):
-            assert order.index(name) > order.index(path.stem), (path.stem, name)
+        imports = r"^ *from (\.+)([\w.]*) import (\w+)"
+        for dots, module, name in re.findall(imports, path.read_text(), re.MULTILINE):
+            base = folders[: len(folders) - len(dots)]
+            target = (*base, *(module.split(".") if module else []), name)[0]
+            assert floors.index(target) >= floors.index(folders[0]), (path, target)
 
 
 def test_no_stray_files_at_the_top():

@@ -238,7 +238,7 @@ class TestWhole:
         """(Without the checks of this suite, which wrap functions.)"""
         program = """
 from jaxmf_opt import ROBUST_OPTIMIZER, robust
-from jaxmf_opt._optimizer import optimizer_key as key
+from jaxmf_opt._solver.optimizers import optimizer_key as key
 assert key(ROBUST_OPTIMIZER) == key(robust.robust_lbfgs()) is not None
 assert key(ROBUST_OPTIMIZER) != key(robust.robust_lbfgs(memory_size=5))
 """

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 from jaxmf_opt import optimize
-from jaxmf_opt._objective import trace
-from jaxmf_opt._run import Recipe
-from jaxmf_opt._run import _compiled as compiled
-from jaxmf_opt._structure import CACHE_SIZE
+from jaxmf_opt._jax.structure import CACHE_SIZE
+from jaxmf_opt._solver.objective import trace
+from jaxmf_opt._solver.recipe import Recipe
+from jaxmf_opt._solver.recipe import _compiled as compiled
 
 
 def solve_anew(i: int) -> Any:

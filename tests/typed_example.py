@@ -28,7 +28,7 @@ from jaxmf_opt import (
     sweeps,
     traced,
 )
-from jaxmf_opt.losses import BandedToeplitz, BufferedToeplitz, Dense, workloads
+from jaxmf_opt.mechanisms import BandedToeplitz, BufferedToeplitz, Dense, workloads
 
 
 class Point(NamedTuple):

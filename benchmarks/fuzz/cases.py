@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmf_opt
+from jaxmf_opt._solver.solution import statuses
 
 from . import nestings, options, problems
 from .nestings import Plain, Traced, nested
@@ -212,7 +213,7 @@ def _plain_answer(
     allowed = 3e-7 * min(problem.condition, 100) ** 0.5 + (1e-6 if single else 0.0)
     if wrong or error <= allowed:
         return wrong, None, error
-    ended = jaxmf_opt._solution.statuses(solution.result)[()]
+    ended = statuses(solution.result)[()]
     if ended != "successful":
         return None, f"not solved: {ended}, off {error:.2g}", error
     return f"plain call: successful, but off {error:.2g}", None, error
@@ -268,7 +269,7 @@ def _direct_size(asked: Options) -> Iterator[None]:
     if not asked.matrix_free:
         yield
         return
-    with unittest.mock.patch("jaxmf_opt._implicit.DIRECT_SIZE", 0):
+    with unittest.mock.patch("jaxmf_opt._solver.implicit.DIRECT_SIZE", 0):
         yield
 
 

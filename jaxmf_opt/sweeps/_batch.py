@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from .._debugging import no_alarms, own_transfers
-from .._keys import as_numpy
-from .._lapack import evaluate_one_by_one
-from .._structure import CACHE_SIZE, Structure
-from .._x64 import hoist, inside_region, struct
+from .._jax.debugging import no_alarms, own_transfers
+from .._jax.keys import as_numpy
+from .._jax.lapack import evaluate_one_by_one
+from .._jax.structure import CACHE_SIZE, Structure
+from .._jax.x64 import hoist, inside_region, struct
 
 # The name of the axis that is mapped on each device. A loss may not use it.
 AXIS = "lanes of a sweep"

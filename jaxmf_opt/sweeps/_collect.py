@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from .._keys import as_key, data_struct
-from .._solution import Solution
-from .._state import SolverState
+from .._jax.keys import as_key, data_struct
+from .._solver.solution import Solution
+from .._solver.state import SolverState
 from ._crew import Crew, Outcome
 from ._journal import Journal, Layout
 from ._meter import Meter

@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, PyTree
 
-from .._callback import CallbackFnType, Lane, asks_to_stop
-from .._debugging import alarms
-from .._keys import as_key, as_numpy, on_host
-from .._solution import Solution
-from .._state import SolverState
-from .._watch import info_after
+from .._jax.debugging import alarms
+from .._jax.keys import as_key, as_numpy, on_host
+from .._solver.compiled_callbacks import info_after
+from .._solver.solution import Solution
+from .._solver.state import SolverState
+from ..callbacks._args import CallbackFnType, Lane, asks_to_stop
 from ._batch import BatchProgram
 from ._lane import LaneSetting
 from ._lanes import Lanes

@@ -9,13 +9,13 @@ import jax
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._loop import Pause
-from .._objective import trace
-from .._run import Recipe, Tolerances
-from .._solution import Solution
-from .._start import going_on, is_of_problem, recording, start
-from .._state import SolverState
-from .._watch import Watch
+from .._solver.compiled_callbacks import Watch
+from .._solver.loop import Pause
+from .._solver.objective import trace
+from .._solver.recipe import Recipe, Tolerances
+from .._solver.resume import going_on, is_of_problem, recording, start
+from .._solver.solution import Solution
+from .._solver.state import SolverState
 from ._batch import AXIS
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from .._keys import is_key, on_host
+from .._jax.keys import is_key, on_host
 
 
 @dataclasses.dataclass(frozen=True)

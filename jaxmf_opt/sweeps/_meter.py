@@ -7,7 +7,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Bool
 
-from .._solution import Solution
+from .._solver.solution import Solution
 
 
 class Meter:

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .._callback import CallbackFnType, combine, no_callback, traced
-from .._callback import parts as parts_of
-from .._checks import (
+from .._jax.debugging import no_alarms
+from .._jax.fork import check_process
+from .._jax.x64 import caller_dtype, float64_struct, inside_region
+from .._solver.compiled_callbacks import watch
+from .._solver.minimiser import Tolerance
+from .._solver.optimizers import DEFAULT_OPTIMIZER, closed_over
+from .._solver.recipe import Tolerances
+from .._solver.solution import Solution, throw_failure
+from .._solver.state import SolverState
+from .._typing import PyTree
+from .._validation import (
     check_callable,
     check_flag,
     check_history,
@@ -26,16 +34,8 @@ from .._checks import (
     check_tolerance,
     check_untraced,
 )
-from .._custom_types import PyTree
-from .._debugging import no_alarms
-from .._fork import check_process
-from .._minimiser import Tolerance
-from .._optimizer import DEFAULT_OPTIMIZER, closed_over
-from .._run import Tolerances
-from .._solution import Solution, throw_failure
-from .._state import SolverState
-from .._watch import watch
-from .._x64 import caller_dtype, float64_struct, inside_region
+from ..callbacks._args import CallbackFnType, combine, no_callback, traced
+from ..callbacks._args import parts as parts_of
 from ._batch import digest_of, local_mesh
 from ._collect import as_arrays, solve_lanes
 from ._crew import CallbackStopIterationError, Crew

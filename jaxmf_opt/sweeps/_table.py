@@ -8,10 +8,10 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from .._checks import check_path
-from .._custom_types import PyTree
-from .._keys import as_numpy
-from .._solution import Solution, statuses
+from .._jax.keys import as_numpy
+from .._solver.solution import Solution, statuses
+from .._typing import PyTree
+from .._validation import check_path
 from ._lanes import as_pair, lanes_of
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from .._checks import check_untraced
-from .._keys import is_key
-from .._x64 import inside_region
+from .._jax.keys import is_key
+from .._jax.x64 import inside_region
+from .._validation import check_untraced
 from ._lane import LaneSetting
 from ._lanes import Lanes
 

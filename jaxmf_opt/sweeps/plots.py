@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Real
 
-from .._solution import Solution, statuses
+from .._solver.solution import Solution, statuses
 from ._table import best_lane, lanes_of_solution
 
 try:

@@ -1,0 +1,1 @@
+"""All contact with the machinery of JAX. Nothing here knows what a solve is."""

@@ -1,0 +1,200 @@
+"""The derivative of the minimum, by the implicit function theorem.
+
+At a minimum `y*` of a loss `L(y, c)` the gradient `G = dL/dy` is zero, whatever the
+captured values `c` are. Differentiating `G(y*(c), c) = 0` gives one linear system,
+
+    (dG/dy) dy = -(dG/dc) dc,
+
+and with it every derivative of the minimum: no iteration is differentiated, and the
+solve runs once. See Blondel et al., Efficient and Modular Implicit Differentiation,
+https://arxiv.org/abs/2105.15183.
+
+DP-MF losses do not depend on the scale of their parameters, so `dG/dy` is singular
+along them. Of all solutions the one of smallest norm is taken: it is right for every
+function of the minimum that does not depend on the scale either.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._jax.x64 import x64_region
+from .linear_system import DIRECT_SIZE, MatrixFree, as_matrix, group_inverse
+from .objective import Program
+from .recipe import Recipe, Tolerances
+from .solution import Solution
+from .state import SolverState
+
+
+def solve_in_program(
+    recipe: Recipe,
+    params: PyTree,
+    captured: Sequence[Array],
+    max_steps: int | Int[Array, ""],
+    tolerances: Tolerances,
+    linear_solver: lx.AbstractLinearSolver | None,
+    watched: Sequence[Array] = (),
+    start: SolverState | None = None,
+) -> Solution:
+    """A solve as part of a larger program, of whatever precision.
+
+    It is a float64 region, with a derivative with respect to `captured`. With respect
+    to the starting point, the tolerances and the optimizer's arrays, the derivative is
+    zero: a minimum does not depend on them.
+
+    Args:
+      recipe: What to solve, and how.
+      params: The starting point.
+      captured: What the loss closes over.
+      max_steps: The limit of steps.
+      tolerances: When to stop before it.
+      linear_solver: For the linear system of the derivative; None chooses by size.
+      watched: What traced callbacks close over.
+      start: Where to go on, instead of at `params`.
+
+    Returns:
+      The solution, its value in the dtypes of the recipe.
+    """
+
+    def run(params: PyTree, captured: Any, limits: Any, start: Any) -> Solution:
+        if start is not None:
+            start = recipe.of_this_problem(start, captured)
+        max_steps, tolerances, watched = limits
+        return recipe.solve_in_float64(
+            params, captured, max_steps, tolerances, watched, start
+        )
+
+    # What else `run` closes over, the learning rate of an optimizer for example, does
+    # not move the minimum.
+    limits = (max_steps, tolerances, list(watched))
+    rule = _TangentOfSolve(recipe.program, linear_solver)
+    solution = x64_region(run, params, list(captured), limits, start, tangent=rule)
+    value = x64_region(recipe.in_dtypes, solution.value)
+    return eqx.tree_at(lambda s: s.value, solution, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TangentOfSolve:
+    """How a solution moves: its value does, with what the loss captures.
+
+    Attributes:
+      program: The loss.
+      linear_solver: For the linear system; None chooses by size.
+    """
+
+    program: Program
+    linear_solver: lx.AbstractLinearSolver | None
+
+    def __call__(self, *primals_and_tangents: Any) -> Solution:
+        """The tangents of all that is in a solution, None where they are zero."""
+        _, captured, *_, solution, dots = primals_and_tangents
+        still = jax.tree.map(lambda _: None, solution)
+        moves = dots[1]
+        if all(m is None for m in moves):
+            return still
+
+        def tangent(y: PyTree, captured: Any, moves: Any) -> PyTree:
+            program, solver = self.program, self.linear_solver
+            return tangent_of_minimum(program, y, captured, moves, solver)
+
+        dy = x64_region(tangent, solution.value, captured, moves, may_close=False)
+        none = lambda x: x is None  # noqa: E731
+        return eqx.tree_at(lambda s: s.value, still, dy, is_leaf=none)
+
+
+def tangent_of_minimum(
+    program: Program,
+    y: PyTree,
+    captured: Sequence[Array],
+    moves: Sequence[Array | None],
+    linear_solver: lx.AbstractLinearSolver | None = None,
+) -> PyTree:
+    """How the minimum moves when what the loss captures moves.
+
+    Args:
+      program: The loss.
+      y: Its minimum, float64 leaves.
+      captured: What it closes over.
+      moves: The tangents of `captured`; None for those that have none.
+      linear_solver: For the linear system; None chooses by size.
+
+    Returns:
+      The tangent of `y`, in which the result is linear.
+    """
+    flat, unravel = ravel_pytree(y)
+
+    def gradient(flat: Float[Array, " n"], captured: Any) -> Float[Array, " n"]:
+        return ravel_pytree(program.gradient(unravel(flat), captured))[0]
+
+    is_moving = [m is not None for m in moves]
+    moving, still = eqx.partition(list(captured), is_moving)
+    of_moving = lambda moving: gradient(flat, eqx.combine(moving, still))  # noqa: E731
+    linearize = _linearize_in_reverse if program.reverse_only else _linearize
+    # (A program of another precision may hand over tangents of another type.)
+    cast = lambda x, m: m.astype(x.dtype)  # noqa: E731
+    rhs = linearize(of_moving, moving)(jax.tree.map(cast, moving, list(moves)))
+
+    def product(point: Any, v: Float[Array, " n"]) -> Float[Array, " n"]:
+        x, captured = point
+        return linearize(lambda x: gradient(x, captured), x)(v)
+
+    # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
+    symmetric = not program.has_grad
+    point = (flat, list(captured))
+    null = jnp.zeros_like(flat)
+    if symmetric:
+        of_y = (flat, gradient(flat, captured), product(point, flat))
+        null = _null_vector(*jax.lax.stop_gradient(of_y))
+    if linear_solver is None and flat.size <= DIRECT_SIZE:
+        derivative = linearize(lambda x: gradient(x, captured), flat)
+        matrix = as_matrix(derivative, flat.size)
+        return unravel(-group_inverse(matrix, null, symmetric) @ rhs)
+    system = MatrixFree(product, symmetric, linear_solver)
+    return unravel(-system.solve(point, null, rhs, flat if symmetric else None))
+
+
+def _null_vector(
+    y: Float[Array, " n"], gradient: Float[Array, " n"], along: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """The direction of `y`, if the loss does not depend on the scale of `y`; or zeros.
+
+    Such a loss has `G y = 0` and, differentiated once more, `dG/dy y = -G` at every
+    `y`. At an inexact minimum dG/dy is regular, if only just, and its inverse is all
+    wrong along `y`. At an exact one both sides are 0, which says nothing, but then
+    dG/dy is singular as far as can be seen. (All is multiplied by `y`, to be the same
+    in all units of its elements.)
+
+    Args:
+      y: The point.
+      gradient: The gradient `G` there.
+      along: dG/dy times `y`.
+
+    Returns:
+      A unit vector, or zeros.
+    """
+    rest, slopes = jnp.abs(y * (along + gradient)), y * gradient
+    size = jnp.abs(slopes)
+    is_free = (jnp.max(rest) <= 1e-3 * jnp.max(size)) & (jnp.max(size) > 0)
+    is_free &= jnp.abs(jnp.sum(slopes)) <= 1e-3 * jnp.sum(size)
+    length = jnp.linalg.norm(y)
+    return jnp.where(is_free, y / jnp.where(is_free, length, 1.0), 0.0)
+
+
+def _linearize(fn: Callable[[PyTree], Array], x: PyTree) -> Callable[[PyTree], Array]:
+    return lambda dx: jax.jvp(fn, (x,), (dx,))[1]
+
+
+def _linearize_in_reverse(
+    fn: Callable[[PyTree], Array], x: PyTree
+) -> Callable[[PyTree], Array]:
+    """The same for functions that have no forward mode: the transpose of their vjp."""
+    out, pull_back = jax.vjp(fn, x)
+    push_forward = jax.linear_transpose(pull_back, out)
+    return lambda dx: push_forward((dx,))[0]

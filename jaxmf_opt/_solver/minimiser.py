@@ -1,0 +1,471 @@
+"""The optimistix minimiser around an optax transformation."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# (OptaxMinimiser names its own state, a private class, in the types of its methods.)
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from optimistix import RESULTS
+
+from .._jax.select import cond, select, select_if_batched
+from .._typing import Aux, Y
+from .._validation import check_callable, check_optimizer, check_tolerance
+from .linesearch import (
+    count_trials,
+    ends_with_linesearch,
+    stored,
+    without_trials,
+)
+from .optimizers import as_optax_expects, as_pytree
+from .state import Evaluated, Evaluations, History, MinimiserState, Movement
+
+# A tolerance: a number, or an array so that it can be batched.
+Tolerance: TypeAlias = float | int | np.number | Float[Array | np.ndarray, ""]
+
+
+class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
+    """An `optimistix.OptaxMinimiser` that evaluates each point once.
+
+    It takes the steps of `optimistix.OptaxMinimiser`, and of a plain optax loop, with
+    three differences:
+
+    * Loss and gradient are part of the state. If the line search has stored them at the
+      point that it accepted (optax's zoom line search does, and its backtracking one
+      with `store_grad=True`), they are not computed again.
+    * Whether to stop is decided from the loss and gradient at the new point, *before*
+      its line search: at a minimum, line searches are long and lead nowhere.
+    * In a batch (under `jax.vmap`), a lane that has stopped takes part in the line
+      searches of the others with a constant function, which ends its own at once.
+
+    A step consists of the evaluation at the current point, the test, and the move. A
+    step whose test says stop does not move and is not counted. Where all tolerances
+    are the float 0 there is no test, and outside a batch the compiled step is that of
+    a plain optax loop, to the bit.
+
+    Example:
+      As a solver of optimistix:
+
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optimistix as optx
+      >>> solver = LeanOptaxMinimiser(optax.lbfgs(), rtol=1e-5, atol=1e-5)
+      >>> fn = lambda y, shift: jnp.sum((y - shift) ** 2)
+      >>> optx.minimise(fn, solver, jnp.zeros(2), args=2.0).value
+      Array([2., 2.], dtype=float32)
+    """
+
+    gtol: Tolerance
+    _moves_as_searched: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        optim: optax.GradientTransformation,
+        rtol: Tolerance = 0.0,
+        atol: Tolerance = 0.0,
+        gtol: Tolerance = 0.0,
+        norm: Callable[[PyTree], Scalar] = optx.max_norm,
+        verbose: bool | Callable[..., None] = False,
+    ):
+        """Wraps an optax transformation.
+
+        Args:
+          optim: Any optax transformation, with or without a line search. Arrays that
+            its functions close over (learning rates, for example) become leaves of this
+            minimiser, which is a pytree.
+          rtol: Relative tolerance of the Cauchy criterion: stop once a step is smaller
+            than `atol + rtol * abs(y)` and has changed the loss by less than
+            `atol + rtol * abs(loss)`. A small step alone is no sign of convergence: the
+            gradient has to be small, too, relatively to loss and parameters and to the
+            curvature that the step has met.
+          atol: Absolute tolerance of the Cauchy criterion.
+          gtol: Stop once `norm` of the gradient is at most this. All three tolerances
+            are off by default; if any is on, a gradient of exactly 0 stops too.
+          norm: The norm of the criteria.
+          verbose: As in `optimistix.OptaxMinimiser`.
+
+        Raises:
+          TypeError: If an argument is of the wrong kind.
+          ValueError: If a tolerance is negative or NaN.
+        """
+        check_optimizer(optim, "optim")
+        for name, tolerance in (("rtol", rtol), ("atol", atol), ("gtol", gtol)):
+            check_tolerance(name, tolerance)
+        check_callable("norm", norm)
+        # optimistix says float, and computes with arrays just as well.
+        rtol, atol = cast(float, rtol), cast(float, atol)
+        optim = optax.with_extra_args_support(optim)
+        super().__init__(optax.identity(), rtol, atol, norm, verbose)
+        self.optim = as_pytree(optim)
+        self.gtol = gtol
+        self._moves_as_searched = ends_with_linesearch(optim)
+
+    def init(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        f_struct: PyTree[jax.ShapeDtypeStruct],
+        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        tags: frozenset[object],
+    ) -> MinimiserState[Y, Aux]:
+        """The state before the first step. Nothing is evaluated.
+
+        Args:
+          fn: The loss.
+          y: The starting point.
+          args: What the loss takes beside it.
+          options: May have three entries. "state": the state to go on from, with what
+            it records, instead of a new one. "limit": the number of steps to take at
+            most; the point that the last of them leads to is then evaluated, too.
+            "history": how many steps to record.
+          f_struct: The shape and dtype of the loss.
+          aux_struct: Those of what it returns beside its value.
+          tags: Unused.
+
+        Returns:
+          The state.
+        """
+        del fn, args, tags
+        if "state" in options:
+            return options["state"]
+        dtype = f_struct.dtype
+        history = None
+        if options.get("history") is not None:
+            history = History.of_no_steps(options["history"])
+        zeros = jax.tree.map(jnp.zeros_like, y)
+        with as_optax_expects():
+            opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
+        no_aux = not jax.tree.leaves(aux_struct)
+        unknown, no = jnp.array(jnp.nan, dtype), jnp.array(False)
+        none = jnp.array(0, int)
+        return MinimiserState(
+            step=none,
+            loss=jnp.array(jnp.inf, dtype),
+            grad=zeros,
+            aux=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux_struct),
+            movement=Movement.none(y, dtype) if self._tests else None,
+            opt_state=opt_state,
+            converged=no,
+            stalled=no,
+            interrupted=no,
+            ended=no,
+            first_loss=unknown,
+            last_finite=Evaluated(y, unknown, unknown),
+            evaluations=Evaluations(none, none),
+            history=history,
+            reuses_linesearch=(
+                no_aux and self._moves_as_searched and stored(opt_state, y) is not None
+            ),
+        )
+
+    def step(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        state: MinimiserState[Y, Aux],
+        tags: frozenset[object],
+    ) -> tuple[Y, MinimiserState[Y, Aux], Aux]:
+        """Evaluates at `y`, tests, and moves unless there is a reason not to."""
+        del tags
+        loss, aux, grad, fresh = self._evaluate(fn, y, args, state)
+        self.verbose(
+            num_steps=("Step", state.step),
+            loss_this_step=("Loss on this step", loss),
+            y=("y", y),
+        )
+        here = Evaluated(y, loss, self.norm(grad).astype(loss.dtype))
+        is_finite = jnp.isfinite(loss) & all_finite(y)
+
+        converged = state.converged
+        if self._tests:
+            converged = converged | self._meets_tolerance(
+                y, cast(Movement, state.movement), loss, grad, state.first_loss
+            )
+        ended = converged | state.stalled | state.interrupted
+        if options.get("limit") is not None:
+            ended = ended | (state.step >= options["limit"])
+
+        def move() -> _Move:
+            return self._move(fn, y, args, state, ~ended, loss, grad)
+
+        def stay() -> _Move:
+            zeros = jax.tree.map(jnp.zeros_like, grad)
+            none = Evaluations(jnp.array(0), jnp.array(0))
+            return _Move(y, zeros, state.opt_state, jnp.array(False), none)
+
+        if self._tests or options.get("limit") is not None:
+            # (Two computations of their own. In a batch both are run, see `_move`.)
+            to = cond(ended, stay, move)
+        else:
+            to = move()
+
+        history, movement = state.history, None
+        if history is not None and history.loss.size:
+            row = History(loss, optx.max_norm(grad), optx.max_norm(to.update))
+            index = jnp.where(ended, history.loss.size, state.step)
+            write = lambda h, x: h.at[index].set(x, mode="drop")  # noqa: E731
+            history = jax.tree.map(write, history, row)
+        if state.movement is not None:
+            # If no step is made, the last: to decide alike if asked again.
+            new = Movement(to.update, loss, grad)
+            movement = select(ended, state.movement, new)
+        new_state = MinimiserState(
+            step=jnp.where(ended, state.step, state.step + 1),
+            loss=loss,
+            grad=grad,
+            aux=aux,
+            movement=movement,
+            opt_state=to.opt_state,
+            converged=converged,
+            stalled=state.stalled | to.stalled,
+            interrupted=state.interrupted,
+            # (What has stalled is still where it was evaluated.)
+            ended=ended | to.stalled,
+            first_loss=jnp.where(state.step == 0, loss, state.first_loss),
+            last_finite=select(is_finite, here, state.last_finite),
+            evaluations=state.evaluations.plus(fresh, to.evaluations),
+            history=history,
+            reuses_linesearch=state.reuses_linesearch,
+        )
+        return to.y, new_state, aux
+
+    def terminate(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        state: MinimiserState[Y, Aux],
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], RESULTS]:
+        """Whether nothing is left to do."""
+        del fn, y, args, options, tags
+        return state.ended, RESULTS.successful
+
+    def postprocess(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        aux: Aux,
+        args: PyTree,
+        options: dict[str, Any],
+        state: MinimiserState[Y, Aux],
+        tags: frozenset[object],
+        result: RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        """Counts the steps that moved, not the one that only tested."""
+        del fn, args, options, tags, result
+        return y, aux, {"num_steps": state.step}
+
+    def _stalled(
+        self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: PyTree
+    ) -> Bool[Array, ""]:
+        """Whether it is proven that `y` will never move again. Not known in general."""
+        del y, loss, grad, update, opt_state
+        return jnp.array(False)
+
+    @property
+    def _tests(self) -> bool:
+        """Whether some tolerance may be other than 0."""
+        tolerances = (self.rtol, self.atol, self.gtol)
+        return any(isinstance(t, jax.Array) or t != 0 for t in tolerances)
+
+    def _evaluate(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: PyTree,
+        state: MinimiserState[Y, Aux],
+    ) -> tuple[Scalar, Aux, Y, Int[Array, ""]]:
+        """Loss, aux and gradient at `y`, and how often they were computed for that.
+
+        They are the stored ones if there are any.
+        """
+
+        def compute(_: Any) -> tuple[Bool[Array, ""], Scalar, Aux, Y]:
+            (loss, aux), grad = jax.value_and_grad(fn, has_aux=True)(y, args)
+            return jnp.array(False), loss, aux, grad
+
+        found = stored(state.opt_state, y) if state.reuses_linesearch else None
+        if found is None:
+            return *compute(None)[1:], jnp.array(1)
+        # A loop of at most one turn, because a batched `cond` evaluates both of its
+        # branches in every step, a batched loop only where some lane needs it.
+        missing = ~jnp.isfinite(found.value)
+        known = (missing, found.value, state.aux, found.grad)
+        evaluated = jax.lax.while_loop(
+            lambda carry: carry[0], compute, cast(Any, known)
+        )
+        return *evaluated[1:], missing.astype(int)
+
+    def _meets_tolerance(
+        self, y: Y, last: Movement, loss: Scalar, grad: Y, first_loss: Scalar
+    ) -> Bool[Array, ""]:
+        def ratio(difference: Array, of: Array) -> Array:
+            scale = self.atol + self.rtol * jnp.abs(of)
+            # What stays at exactly 0, a masked parameter for example, is converged.
+            return jnp.where(difference == 0, 0.0, jnp.abs(difference) / scale)
+
+        def small(difference: PyTree, of: PyTree) -> Bool[Array, ""]:
+            return self.norm(jax.tree.map(ratio, difference, of)) < 1
+
+        eps = jnp.finfo(loss.dtype).eps
+        # (A loss that goes to 0 halves for ever; not so on the scale of its start.)
+        scale = jnp.maximum(jnp.abs(loss), eps * size_of_loss(loss, first_loss))
+        cauchy = small(last.update, y) & small(loss - last.loss, scale)
+        slope = relative_gradient(y, loss, grad, first_loss)
+        is_minimum = cauchy & self._is_close(y, last, grad)
+        is_minimum &= slope <= jnp.maximum(eps ** (1 / 3), self.rtol)
+        # A step that jumps into the minimum is not small, and is the last that moves.
+        slope = jnp.maximum(slope, optx.max_norm(grad) / jnp.maximum(jnp.abs(loss), 1))
+        is_minimum |= slope <= jnp.where((self.rtol > 0) | (self.atol > 0), 64 * eps, 0)
+        return is_minimum | (self.norm(grad) <= self.gtol)
+
+    def _is_close(self, y: Y, last: Movement, grad: Y) -> Bool[Array, ""]:
+        """Whether the distance to the minimum that the gradient tells of is small.
+
+        A step may be small because a line search has failed, because an optimizer turns
+        around or because its schedule says so. But the gradient over the curvature is
+        no more than the distance to the minimum of a quadratic function. The curvature
+        is that which the last step has met. A step that has not moved tells nothing.
+        """
+        change = jax.tree.map(jnp.subtract, grad, last.grad)
+        squared_change, squared_grad = _squared_norm(change), _squared_norm(grad)
+        curvature = squared_change / _dot(last.update, change)
+        distance = jnp.sqrt(squared_grad) / curvature
+        size = jnp.sqrt(_squared_norm(y))
+        eps = jnp.finfo(size.dtype).eps
+        elements = sum(x.size for x in jax.tree.leaves(y))
+        allowed = jnp.maximum(self.rtol, eps**0.5) * size + self.atol * elements**0.5
+        # The change of a gradient must be more than its rounding.
+        is_curved = (curvature > 0) & (squared_change > eps * squared_grad)
+        return (is_curved & (distance <= allowed)) | (squared_grad == 0)
+
+    def _move(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: PyTree,
+        state: MinimiserState[Y, Aux],
+        active: Bool[Array, ""],
+        loss: Scalar,
+        grad: Y,
+    ) -> "_Move":
+        """A step of the optax transformation.
+
+        A batched line search goes on until its last lane is content. A lane that has
+        ended is therefore shown a fresh optimizer on the constant function 0, at a
+        point of infinite loss: its first trial is accepted.
+        """
+        zeros = jax.tree.map(jnp.zeros_like, grad)
+        with as_optax_expects():
+            fresh = self.optim.init(y)
+        shown_loss, shown_grad, shown_state = select_if_batched(
+            active,
+            (loss, grad, state.opt_state),
+            (jnp.full_like(loss, jnp.inf), zeros, fresh),
+        )
+        is_searching = False
+
+        def shown_fn(y: Y) -> Scalar:
+            nonlocal is_searching
+            is_searching = True
+            return select_if_batched(active, fn(y, args)[0], jnp.zeros_like(loss))
+
+        with as_optax_expects():
+            update, opt_state = self.optim.update(
+                shown_grad,
+                without_trials(shown_state),
+                y,
+                value=shown_loss,
+                grad=shown_grad,
+                value_fn=shown_fn,
+            )
+        opt_state, evaluations = count_trials(
+            shown_state, opt_state, is_searching=is_searching
+        )
+        update, opt_state = select_if_batched(
+            active, (update, opt_state), (zeros, state.opt_state)
+        )
+        new_y = cast(Y, optax.apply_updates(cast(Any, y), cast(Any, update)))
+        stalled = self._stalled(y, loss, grad, update, opt_state)
+        return _Move(new_y, update, opt_state, stalled, evaluations)
+
+
+class _Move(NamedTuple):
+    """Where a step leads, if one is made.
+
+    Attributes:
+      y: The new point.
+      update: The step.
+      opt_state: The new state of the optax transformation.
+      stalled: Whether no later step can move the point.
+      evaluations: What the step has taken.
+    """
+
+    y: PyTree
+    update: PyTree
+    opt_state: PyTree
+    stalled: Bool[Array, ""]
+    evaluations: Evaluations
+
+
+def relative_gradient(
+    y: PyTree, loss: Scalar, grad: PyTree, first_loss: Scalar
+) -> Scalar:
+    """The size of a gradient, relatively to loss and parameters.
+
+    See Dennis and Schnabel, Numerical Methods for Unconstrained Optimization (1983),
+    section 7.2; from there is also that a minimum shows by the cube root of the
+    precision. What is large is relative to itself, what is small to 1, or to the size
+    that loss and parameters have at all. Small parameters have a small unit if the loss
+    has changed on the way to them; else they are small by chance, near a start at 0.
+
+    Args:
+      y: The point.
+      loss: The loss there.
+      grad: The gradient there.
+      first_loss: The loss where the solve started.
+
+    Returns:
+      A number without a unit.
+    """
+
+    def relative(g: Array, x: Array) -> Array:
+        return jnp.abs(g) * jnp.maximum(jnp.abs(x), jnp.where(of_y > 0, of_y, 1.0))
+
+    rounding = jnp.finfo(loss.dtype).eps ** 0.5 * jnp.abs(loss)
+    has_changed = jnp.abs(loss - first_loss) > rounding
+    of_y = jnp.where(has_changed, jnp.minimum(optx.max_norm(y), 1.0), 1.0)
+    slope = optx.max_norm(jax.tree.map(relative, grad, y))
+    return slope / size_of_loss(loss, first_loss)
+
+
+def size_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
+    """What a difference of losses is small against: the loss, at the start at least."""
+    first = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss), 1.0)
+    return jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
+
+
+def _dot(a: PyTree, b: PyTree) -> Scalar:
+    return optax.tree.real(optax.tree.vdot(a, b))
+
+
+def _squared_norm(a: PyTree) -> Scalar:
+    return _dot(a, a)
+
+
+def all_finite(y: PyTree) -> Bool[Array, ""]:
+    """Whether every element of every leaf is a finite number."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(y)]))

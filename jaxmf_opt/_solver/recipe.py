@@ -1,0 +1,471 @@
+"""The two ways to run a solve: as one loop, or step by step from Python.
+
+Both are pure functions of arrays. What is not an array (the loss's program, the
+optimizer, dtypes) makes up a `Recipe`, and each recipe is compiled once.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from optimistix import RESULTS
+
+from .._jax.debugging import alarms, guarded, undisturbed
+from .._jax.lapack import compile_one_by_one, uses_lapack
+from .._jax.structure import CACHE_SIZE
+from .._jax.varying import on_mesh
+from .compiled_callbacks import Watch, WatchedMinimiser
+from .loop import Loop, Pause
+from .minimiser import (
+    LeanOptaxMinimiser,
+    Tolerance,
+    all_finite,
+)
+from .objective import Program
+from .optimizers import optimizer_key
+from .resume import as_float64, is_of_problem, recording, start
+from .solution import Solution
+from .state import Evaluations, History, MinimiserState, Movement, SolverState
+from .stationarity import StoppingMinimiser, stalled_at_minimum
+
+
+class Tolerances(NamedTuple):
+    """When to stop: see `LeanOptaxMinimiser`.
+
+    Attributes:
+      rtol: Relative tolerance of the Cauchy criterion.
+      atol: Absolute tolerance of the Cauchy criterion.
+      gtol: Tolerance for the max-norm of the gradient.
+    """
+
+    rtol: Tolerance = 0.0
+    atol: Tolerance = 0.0
+    gtol: Tolerance = 0.0
+
+    @property
+    def off(self) -> bool:
+        """Whether all are known to be 0, so that no test needs to be compiled."""
+        return all(not isinstance(t, jax.Array) and t == 0 for t in self)
+
+
+class Told(NamedTuple):
+    """What is told of a step, beside the point and the optimizer's state.
+
+    Attributes:
+      loss: The loss where the step started.
+      grad: The gradient there.
+      movement: The last step, if tolerances are looked at.
+      converged: Whether a tolerance was met, so that no step was made; likewise.
+      stalled: Whether no later step can move the point; likewise.
+      row: What is recorded of the step, of length 1, if anything is.
+    """
+
+    loss: Float[Array, ""]
+    grad: PyTree
+    movement: Movement | None
+    converged: Bool[Array, ""] | None
+    stalled: Bool[Array, ""] | None
+    row: History | None
+
+
+class Recipe:
+    """All of a solve but its arrays.
+
+    Recipes are equal, and hashable, where they compute the same thing. One whose
+    optimizer cannot be compared equals only itself.
+
+    Attributes:
+      program: What the loss computes.
+      optimizer: The optax transformation.
+      cacheable: Whether another recipe can ever be equal to this one.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        optimizer: optax.GradientTransformation,
+        dtypes: Sequence[Any],
+        int_dtype: Any,
+        float_dtype: Any,
+        *,
+        tests: bool,
+        history: int | None = None,
+        watch: Watch | None = None,
+    ):
+        """Puts the parts together.
+
+        Args:
+          program: What the loss computes.
+          optimizer: The optax transformation.
+          dtypes: The dtype that each leaf of the parameters gets in the end.
+          int_dtype: The dtype that counts get in the end.
+          float_dtype: The dtype that losses and norms get in the end.
+          tests: Whether the tolerances are looked at.
+          history: How many steps to record, if any.
+          watch: Who is told of each step of a whole solve.
+        """
+        self.program = program
+        self.optimizer = optimizer
+        self._dtypes = tuple(dtypes)
+        self._int_dtype = int_dtype
+        self._float_dtype = float_dtype
+        self._tests = tests
+        self._history = history
+        self._watch = watch
+        optimizer_id = optimizer_key(optimizer)
+        self.cacheable = optimizer_id is not None
+        self._key: Hashable = (
+            program,
+            optimizer_id,
+            self._dtypes,
+            int_dtype,
+            float_dtype,
+            tests,
+            history,
+            watch,
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._key) if self.cacheable else id(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not (isinstance(other, Recipe) and self.cacheable):
+            return self is other
+        return self._key == other._key
+
+    def solve(self, *operands: Any) -> Solution:
+        """The same as `solve_in_float64`, with the value in the recipe's dtypes.
+
+        `judge_stall` is left to the caller, who may not need it.
+        """
+        return self._cast(self._solve(*operands))
+
+    def solve_in_float64(
+        self,
+        params: PyTree,
+        captured: Sequence[Array],
+        max_steps: Int[Array, ""] | int,
+        tolerances: Tolerances,
+        watched: Sequence[Array] = (),
+        start: SolverState | None = None,
+    ) -> Solution:
+        """The whole solve. To be called, or traced, with 64-bit types.
+
+        Args:
+          params: The starting point, of any real dtypes.
+          captured: What the loss closes over.
+          max_steps: The limit of steps.
+          tolerances: When to stop before it.
+          watched: What traced callbacks close over.
+          start: Where to go on, instead of at `params`.
+
+        Returns:
+          The solution.
+        """
+        solution = self._solve(params, captured, max_steps, tolerances, watched, start)
+        return self.judge_stall(solution, captured)
+
+    def _solve(
+        self,
+        params: PyTree,
+        captured: Sequence[Array],
+        max_steps: Int[Array, ""] | int,
+        tolerances: Tolerances,
+        watched: Sequence[Array] = (),
+        start: SolverState | None = None,
+    ) -> Solution:
+        params, captured, start = on_mesh((params, captured, start))
+        limit = jnp.asarray(max_steps)
+        if start is None:
+            y, begin = params, None
+        else:
+            y, begin = recording(start, self._history)
+        minimiser, solution = self._minimise(
+            as_float64(y), begin, captured, limit, tolerances, watched
+        )
+        end = _pinned(solution.value, solution.state)
+        whole = self.finish(end, limit)
+        if isinstance(minimiser, WatchedMinimiser):
+            return minimiser.closed(whole, solution.state)
+        return whole
+
+    def advance(
+        self,
+        state: SolverState,
+        captured: Sequence[Array],
+        max_steps: Int[Array, ""] | int,
+        tolerances: Tolerances,
+        watched: Sequence[Array],
+        pause: Pause,
+    ) -> tuple[Solution, SolverState, Bool[Array, ""]]:
+        """A part of a solve: some of the steps that the whole would take, to the bit.
+
+        Args:
+          state: Where to go on, with what has been recorded.
+          captured: What the loss closes over.
+          max_steps: The limit of steps of the whole solve.
+          tolerances: When to stop before it.
+          watched: What traced callbacks close over; nobody may watch from the host.
+          pause: When to interrupt it.
+
+        Returns:
+          What `solve` returns, which counts if this was the last part; where to go on,
+          with what has been recorded; and whether there is anything left to do.
+        """
+        limit = jnp.asarray(max_steps)
+        _, of = self._minimise(*state, captured, limit, tolerances, watched, pause)
+        end = SolverState(of.value, of.state)
+        # (optimistix says so of a loop that somebody else has ended.)
+        running = of.result == RESULTS.nonlinear_max_steps_reached
+        if self._watch is not None:
+            running = ~end.minimiser.ended
+        solution = self._cast(self.finish(_pinned(*end), limit))
+        return self.judge_stall(solution, captured), end, running
+
+    def _minimise(
+        self,
+        y: PyTree,
+        state: MinimiserState | None,
+        captured: Sequence[Array],
+        limit: Int[Array, ""],
+        tolerances: Tolerances,
+        watched: Sequence[Array],
+        pause: Pause | None = None,
+    ) -> tuple[LeanOptaxMinimiser, optx.Solution]:
+        """The loop itself."""
+        tolerances = self._tolerances(tolerances)
+        if self._watch is None:
+            minimiser = StoppingMinimiser(self.optimizer, tolerances)
+        else:
+            minimiser = WatchedMinimiser(
+                self.optimizer, tolerances, self._watch, watched, stops=self._tests
+            )
+        options: dict[str, Any] = {"limit": limit, "history": self._history}
+        if state is not None:
+            options["state"] = state
+        solution = optx.minimise(
+            self.program.loss,
+            minimiser,
+            y,
+            captured,
+            options=options,
+            max_steps=None,
+            adjoint=Loop(self._watch is not None, pause),
+            throw=False,
+        )
+        return minimiser, solution
+
+    def of_this_problem(
+        self, state: SolverState, captured: Sequence[Array]
+    ) -> SolverState:
+        """The state; with points of NaN if it is that of another problem."""
+        last = state.minimiser.last_finite
+        is_mine = is_of_problem(state, self.program.loss(last.params, captured))
+
+        def mine(x: Array) -> Array:
+            return jnp.where(is_mine, x, jnp.nan)
+
+        last = jax.tree.map(mine, last)
+        minimiser = eqx.tree_at(lambda s: s.last_finite, state.minimiser, last)
+        return SolverState(jax.tree.map(mine, state.params), minimiser)
+
+    def judge_stall(self, solution: Solution, captured: Sequence[Array]) -> Solution:
+        """The solution, `successful` if it stands still where there is a minimum.
+
+        That takes evaluations of the loss, which have to be compiled; the value does
+        not depend on them.
+
+        Args:
+          solution: One whose stall is called `stagnation`.
+          captured: What the loss closes over.
+
+        Returns:
+          The solution.
+        """
+        at_minimum = stalled_at_minimum(
+            lambda y: self.program.loss(y, captured), solution.state
+        )
+        stagnant = solution.result == RESULTS.stagnation
+        result = RESULTS.where(
+            stagnant & at_minimum, RESULTS.successful, solution.result
+        )
+        return eqx.tree_at(lambda s: s.result, solution, result)
+
+    def finish(self, end: SolverState, limit: Int[Array, ""]) -> Solution:
+        """What is told of a run, but for `judge_stall`.
+
+        Args:
+          end: Where it has ended, with what has been recorded.
+          limit: The limit of steps.
+
+        Returns:
+          The solution, with a float64 value.
+        """
+        state = end.minimiser
+        last = state.last_finite
+        finite = jnp.isfinite(state.loss) & jnp.isfinite(last.grad_norm)
+        finite &= all_finite(end.params)
+        success = state.interrupted | (last.grad_norm == 0)
+        success |= state.converged
+        at_limit: Any = RESULTS.nonlinear_max_steps_reached
+        stagnant: Any = RESULTS.stagnation
+        result = RESULTS.where(state.stalled, stagnant, at_limit)
+        result = RESULTS.where(success, RESULTS.successful, result)
+        result = RESULTS.where(finite, result, RESULTS.nonfinite)
+        most = jnp.iinfo(self._int_dtype).max
+        counts = {
+            "num_steps": state.step,
+            "max_steps": limit,
+            "num_loss_evaluations": state.evaluations.loss,
+            "num_grad_evaluations": state.evaluations.grad,
+        }
+        floats: dict[str, PyTree] = {"loss": last.loss, "grad_norm": last.grad_norm}
+        if state.history is not None:
+            floats["history"] = state.history
+        stats = {
+            k: jnp.minimum(n, most).astype(self._int_dtype) for k, n in counts.items()
+        }
+        stats |= jax.tree.map(self._in_range, floats)
+        end = SolverState(end.params, state.with_history(None))
+        return Solution(last.params, result, None, stats, end, last.loss)
+
+    def _in_range(self, x: Array) -> Array:
+        """In the caller's dtype; a finite number stays one."""
+        most = jnp.asarray(jnp.finfo(self._float_dtype).max, x.dtype)
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
+        return x.astype(self._float_dtype)
+
+    def start(self, params: PyTree) -> SolverState:
+        """The float64 point and the state before the first step."""
+        return start(self.optimizer, params, tests=self._tests)
+
+    def step(
+        self,
+        y: PyTree,
+        opt_state: PyTree,
+        tally: Int[Array, "3"],
+        before: tuple[Movement, Float[Array, ""]] | None,
+        captured: Sequence[Array],
+        tolerances: Tolerances | None,
+    ) -> tuple[PyTree, PyTree, Int[Array, "3"], Told]:
+        """One step, of no more arrays than it takes: each of them costs at a call.
+
+        Args:
+          y: The point.
+          opt_state: The state of the optax transformation.
+          tally: How many steps may be taken (0: `y` is evaluated and not moved), and
+            how often loss and gradient have been computed.
+          before: The last step, and the loss where the solve started; None if no
+            tolerances are looked at.
+          captured: What the loss closes over.
+          tolerances: When to stop, or None.
+
+        Returns:
+          The new `y`, `opt_state` and `tally`, and what else is told.
+        """
+        state = self.start(y).minimiser
+        of_last: Any = before or (None, state.first_loss)
+        row = None
+        if self._history is not None:
+            row = History.of_no_steps(1)
+        parts = lambda s: (  # noqa: E731
+            s.opt_state,
+            s.evaluations,
+            s.history,
+            s.movement,
+            s.first_loss,
+        )
+        new_parts = (opt_state, Evaluations(*tally[1:]), row, *of_last)
+        state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
+        limits = self._tolerances(tolerances or Tolerances())
+        minimiser = StoppingMinimiser(self.optimizer, limits, stops=self._tests)
+        y, state, _ = minimiser.step(
+            lambda y, captured: (self.program.loss(y, captured), None),
+            y,
+            captured,
+            {"limit": tally[0]},
+            state,
+            frozenset(),
+        )
+        tally = jnp.stack([tally[0] - state.step, *state.evaluations])
+        ways = (state.converged, state.stalled) if self._tests else (None, None)
+        told = Told(state.loss, state.grad, state.movement, *ways, state.history)
+        return y, state.opt_state, tally, told
+
+    def value_and_finish(
+        self, end: SolverState, limit: Int[Array, ""] | int
+    ) -> Solution:
+        """The same as `finish`, with the value in the recipe's dtypes."""
+        return self._cast(self.finish(end, jnp.asarray(limit)))
+
+    def loss(self, y: PyTree, captured: Sequence[Array]) -> Float[Array, ""]:
+        """The loss at a float64 point."""
+        return self.program.loss(y, captured)
+
+    def in_dtypes(self, y: PyTree) -> PyTree:
+        """The point in the dtypes of the caller's parameters."""
+        leaves, treedef = jax.tree.flatten(y)
+        cast = [x.astype(d) for x, d in zip(leaves, self._dtypes, strict=True)]
+        return jax.tree.unflatten(treedef, cast)
+
+    def _cast(self, solution: Solution) -> Solution:
+        value = self.in_dtypes(solution.value)
+        return eqx.tree_at(lambda s: s.value, solution, value)
+
+    def _tolerances(self, tolerances: Tolerances) -> Tolerances:
+        if not self._tests:
+            return Tolerances()
+        return Tolerances(*map(jnp.float64, tolerances))
+
+
+class Compiled(NamedTuple):
+    """The methods of a recipe under `jax.jit`; each is compiled when first called."""
+
+    solve: Callable[..., Solution]
+    start: Callable[..., SolverState]
+    step: Callable[..., tuple[PyTree, PyTree, Array, Told]]
+    value_and_finish: Callable[..., Solution]
+    judge_stall: Callable[..., Solution]
+    loss: Callable[..., Array]
+
+
+def compiled(recipe: Recipe) -> Compiled:
+    """The compiled form of a recipe, shared by all that are equal to it."""
+    programs = _compiled(recipe)
+    if not (alarms() or guarded()):
+        return programs
+    return Compiled(*map(undisturbed, programs))
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
+def _compiled(recipe: Recipe) -> Compiled:
+    program = recipe.program
+    whole = program.value if program.value_and_grad is None else program.value_and_grad
+    compile_ = compile_one_by_one if uses_lapack(whole.jaxpr.jaxpr) else jax.jit
+    return Compiled(*(compile_(getattr(recipe, name)) for name in Compiled._fields))
+
+
+def _pinned(y: PyTree, state: MinimiserState) -> SolverState:
+    """Both, in a way that keeps all of `state` in a program that uses the result.
+
+    XLA drops from a loop what its caller does not use, and then fuses and rounds the
+    rest differently. Near a minimum rounding decides how long a line search takes, and
+    which of the equally good points it ends at. Nobody should get other bits, or six
+    times the evaluations, for not having looked at the state.
+    """
+    never = state.step < 0
+    leaves = [x for x in jax.tree.leaves(state) if x.size]
+    numbers = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+    witness = sum(x.ravel()[0].astype(jnp.float64) for x in numbers)
+
+    def pin(y: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.where(never, witness, x), y)
+
+    last = lambda s: s.last_finite.params  # noqa: E731
+    return SolverState(pin(y), eqx.tree_at(last, state, pin(last(state))))

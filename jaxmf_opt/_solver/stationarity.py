@@ -1,0 +1,177 @@
+"""When upstream's default optimizer can be known never to move again.
+
+At a minimum the line search of `DEFAULT_OPTIMIZER` finds no decrease, tries 129 step
+sizes and gives up; the next one starts 4e-13 times lower, and so on for all the steps
+that are left. Nobody can observe those steps where there is no callback, so a solve may
+leave them out, provided that they would not have changed a bit of the result.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import optimistix as optx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
+
+from .._typing import Aux, Y
+from .minimiser import (
+    LeanOptaxMinimiser,
+    Tolerance,
+    relative_gradient,
+    size_of_loss,
+)
+from .optimizers import DEFAULT_OPTIMIZER, optimizer_key
+from .state import SolverState
+
+
+@runtime_checkable
+class _KnowsItsEnd(Protocol):
+    """An optimizer that can tell, as that of `robust_lbfgs` can."""
+
+    def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
+        """Whether an update that has led to a state will repeat itself for ever."""
+        ...
+
+
+# Steps along the gradient are tried that differ by so many powers of 10.
+_DECADES = 16
+
+
+def is_default(optimizer: optax.GradientTransformation) -> bool:
+    """Whether an optimizer is `DEFAULT_OPTIMIZER`, or made in the same way."""
+    return optimizer_key(optimizer) == _DEFAULT_KEY
+
+
+_DEFAULT_KEY = optimizer_key(DEFAULT_OPTIMIZER)
+
+
+class StoppingMinimiser(LeanOptaxMinimiser[Y, Aux]):
+    """A minimiser that stops where its optimizer provably stands still.
+
+    That is known of `DEFAULT_OPTIMIZER`, whose constants the proof below uses, and of
+    an optimizer with a method `stands_still`.
+    """
+
+    _stops: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        optim: optax.GradientTransformation,
+        tolerances: Sequence[Tolerance],
+        *,
+        stops: bool = True,
+    ):
+        """Wraps an optax transformation.
+
+        Args:
+          optim: An optax transformation.
+          tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
+          stops: Whether to stop there. It goes on for callbacks, which see steps that
+            change nothing, too, where no tolerance is on.
+        """
+        rtol, atol, gtol = tolerances
+        super().__init__(optim, rtol, atol, gtol)
+        self._stops = stops and (isinstance(optim, _KnowsItsEnd) or is_default(optim))
+
+    def _stalled(
+        self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: Any
+    ) -> Bool[Array, ""]:
+        if not self._stops:
+            return jnp.array(False)
+        if isinstance(self.optim, _KnowsItsEnd):
+            return self.optim.stands_still(opt_state, update)
+        return _default_stands_still(y, loss, grad, update, opt_state)
+
+
+def _default_stands_still(
+    y: PyTree, loss: Scalar, grad: PyTree, update: PyTree, opt_state: Any
+) -> Bool[Array, ""]:
+    """Whether no later step can move `y`.
+
+    The step just taken, `update`, is too small to change `y`, so the next one sees
+    the same loss and gradient. Its memory of one pair is (0, 0), with which L-BFGS
+    makes the direction `-grad`. It starts from 1.5 times the last step size and
+    only goes down. If that does not change `y` either, all its trials have the
+    value that the last search found at `y`. Where this is not below `loss`, none of
+    them is a sufficient decrease: the search fails, and leaves the same situation
+    with a smaller step size. (Once the demanded decrease underflows, a trial may
+    be accepted, but at step sizes that change nothing either.) From a gradient of
+    exactly 0 no direction leads anywhere. And where all trials were non-finite the
+    search leaves the step size 0, which no later one makes larger.
+    """
+    linesearch: optax.ScaleByBacktrackingLinesearchState = opt_state[-1]
+    next_size = 1.5 * linesearch.learning_rate
+    demanded = 1e-4 * next_size * optax.tree.norm(grad, squared=True)
+    next_update = jax.tree.map(lambda g: next_size * g, grad)
+    search_fails = (
+        _changes_nothing(y, next_update)
+        & (linesearch.value >= loss)
+        & (demanded > 1e-280)
+    )
+    stationary = optx.max_norm(grad) == 0
+    no_size = (linesearch.learning_rate == 0) & jnp.isfinite(optx.max_norm(grad))
+    never_moves = search_fails | stationary | no_size
+    return _changes_nothing(y, update) & never_moves
+
+
+def stalled_at_minimum(
+    loss_fn: Callable[[PyTree], Scalar], end: SolverState
+) -> Bool[Array, ""]:
+    """Whether an optimizer stands still where it should: at a minimum.
+
+    There the gradient is small, and nowhere along it is the loss visibly smaller. An
+    optimizer also stands still where its last step was too long: it then tries steps
+    that are too short to change anything. Here the steps are of all lengths, from the
+    size of the parameters down to their rounding; once for parameters of one unit, and
+    once for each in its own.
+
+    Args:
+      loss_fn: The loss.
+      end: Where the solve has ended.
+
+    Returns:
+      Whether it does. Nothing is evaluated if it does not stand still.
+    """
+    y, state = end.params, end.minimiser
+    steepness = relative_gradient(y, state.loss, state.grad, state.first_loss)
+    is_flat = state.stalled & (steepness <= jnp.finfo(steepness.dtype).eps ** (1 / 3))
+    flat, unravel = ravel_pytree(y)
+    slope, _ = ravel_pytree(state.grad)
+    size = jnp.linalg.norm(flat)
+    size = jnp.where(size > 0, size, 1.0)
+
+    def normed(direction: Array) -> Array:
+        norm = jnp.linalg.norm(direction)
+        return jnp.where(norm > 0, direction / norm, 0.0)
+
+    relative = jnp.abs(flat) / size
+    directions = jnp.stack([normed(slope), relative * normed(relative * slope)])
+    noise = jnp.finfo(flat.dtype).eps ** 0.75 * size_of_loss(
+        state.loss, state.first_loss
+    )
+
+    def goes_on(carry: tuple[Array, Array]) -> Array:
+        trial, found = carry
+        return is_flat & ~found & (trial < 2 * _DECADES)
+
+    def probe(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        trial, _ = carry
+        step = size * 10.0 ** -(trial // 2).astype(flat.dtype) * directions[trial % 2]
+        return trial + 1, loss_fn(unravel(flat - step)) < state.loss - noise
+
+    start = (jnp.array(0), jnp.array(False))
+    _, found = jax.lax.while_loop(goes_on, probe, start)
+    return is_flat & ~found
+
+
+def _changes_nothing(y: PyTree, update: PyTree) -> Bool[Array, ""]:
+    """Whether `y` plus or minus a step is `y`, with a margin for any rounding of it."""
+
+    def same(x: Shaped[Array, "..."], u: Shaped[Array, "..."]) -> Bool[Array, ""]:
+        return jnp.all((x + 4 * u == x) & (x - 4 * u == x))
+
+    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(same, y, update))))

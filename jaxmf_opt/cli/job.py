@@ -1,0 +1,243 @@
+"""The main job: the best mechanism of each family for each training set-up.
+
+All set-ups of a family whose arrays have the same sizes are lanes of one sweep.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix as optx
+from jaxtyping import Array
+
+from .._solver.optimizers import DEFAULT_OPTIMIZER
+from .._solver.solution import Solution
+from ..mechanisms import (
+    BandedInverseToeplitz,
+    BandedToeplitz,
+    BufferedToeplitz,
+    Dense,
+    workloads,
+)
+from ..robust import ROBUST_OPTIMIZER
+from ..sweeps import sweep
+
+
+class SetUp(NamedTuple):
+    """A training, and the size of a mechanism for it.
+
+    Attributes:
+      n: Training steps.
+      epochs: How often each example takes part, `n // epochs` steps apart.
+      momentum: Momentum of the training algorithm.
+      size: Bands, buffers, or for a matrix its rows.
+    """
+
+    n: Any
+    epochs: Any
+    momentum: Any
+    size: Any
+
+
+class Outcome(NamedTuple):
+    """An optimized mechanism.
+
+    Attributes:
+      mechanism: What training needs of it, by name.
+      optimizer_steps: Steps taken by the optimizer.
+      converged: Whether a tolerance was met.
+      error_independent: Root of the expected squared error of independent noise.
+      error_before: The same of the starting point.
+      error_after: The same of the optimized mechanism.
+    """
+
+    mechanism: Any
+    optimizer_steps: Any
+    converged: Any
+    error_independent: Any
+    error_before: Any
+    error_after: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of mechanisms as the job offers it.
+
+    Attributes:
+      sizes: What its sizes are.
+      optimizer: The optimizer that suits it.
+      make: Makes a mechanism of a set-up, whose members may be traced, of the static
+        sizes of arrays, and of a workload and other options.
+      static: The part of a set-up that may not be traced.
+      needed: What training needs, of a mechanism and its parameters.
+      kept: How many vectors of noise, as large as the model, training keeps.
+      has_grad: Whether the loss comes with its gradient.
+      batch_size: As in `sweep`.
+    """
+
+    sizes: str
+    optimizer: optax.GradientTransformationExtraArgs
+    make: Callable[..., Any]
+    static: Callable[[SetUp], Any]
+    needed: Callable[[Any, Array], dict[str, Array]]
+    kept: Callable[[SetUp], int]
+    has_grad: bool = False
+    batch_size: int | None = None
+
+
+def _make_banded(kind: Any) -> Callable[..., Any]:
+    def make(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Any:
+        bands = {"bands": s.size, "max_bands": most.size}
+        return kind(s.n, **bands, workload_coef=workload_coef, **options)
+
+    return make
+
+
+def _make_buffered(
+    s: SetUp, most: SetUp, workload_coef: Array, **options: Any
+) -> BufferedToeplitz:
+    return BufferedToeplitz(s.n, most.size, workload_coef=workload_coef, **options)
+
+
+def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Dense:
+    del s  # of which all have the same number of rows
+    matrix = workloads.matrix(workload_coef)
+    return Dense(most.n, workload_matrix=matrix, **options)
+
+
+FAMILIES = {
+    "banded-toeplitz": Family(
+        sizes="bands",
+        optimizer=DEFAULT_OPTIMIZER,
+        make=_make_banded(BandedToeplitz),
+        static=lambda s: None,
+        needed=lambda m, p: {
+            "strategy_coef": (c := m.strategy_coef(p)[: p.size]) / jnp.linalg.norm(c)
+        },
+        kept=lambda s: s.size - 1,
+    ),
+    "banded-inverse-toeplitz": Family(
+        sizes="bands",
+        optimizer=ROBUST_OPTIMIZER,
+        make=_make_banded(BandedInverseToeplitz),
+        static=lambda s: None,
+        needed=lambda m, p: {"noising_coef": m.noising_coef(p)[: p.size] / p[0]},
+        kept=lambda s: s.size - 1,
+    ),
+    "blt": Family(
+        sizes="buffers",
+        optimizer=ROBUST_OPTIMIZER,
+        make=_make_buffered,
+        static=lambda s: s.size,
+        needed=lambda m, p: m.buffers(p)._asdict(),
+        kept=lambda s: s.size,
+    ),
+    "dense": Family(
+        sizes="rows",
+        optimizer=optax.lbfgs(memory_size=10),
+        make=_make_dense,
+        static=lambda s: s.n,
+        needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
+        kept=lambda s: s.n - 1,
+        has_grad=True,
+        # Steps are long, so no lane should wait for another.
+        batch_size=1,
+    ),
+}
+
+
+def run(
+    family: Family,
+    setups: Sequence[SetUp],
+    directory: Path,
+    **options: Any,
+) -> Iterator[tuple[list[int], Outcome]]:
+    """Optimizes mechanisms, those whose arrays have the same sizes in one sweep.
+
+    Args:
+      family: The family.
+      setups: The set-ups.
+      directory: Where sweeps keep what they have finished.
+      **options: Those of `sweep`, and `max_error`: whether the error is the largest of
+        all steps, and not their mean.
+
+    Yields:
+      For each sweep: which of the set-ups were its lanes, and what came out, with a
+      leading axis.
+    """
+    for number, key in enumerate(dict.fromkeys(map(family.static, setups))):
+        lanes = [i for i, s in enumerate(setups) if family.static(s) == key]
+        columns = SetUp(*map(np.array, zip(*(setups[i] for i in lanes), strict=True)))
+        optimized = _optimized(family, columns, directory / str(number), **options)
+        yield lanes, jax.device_get(optimized)
+
+
+def _optimized(
+    family: Family, setups: SetUp, directory: Path, *, max_error: bool, **options: Any
+) -> Outcome:
+    """Optimizes the mechanisms of set-ups, given as arrays, in one sweep."""
+    most = SetUp(*(column.max().item() for column in setups))
+    training = functools.partial(_Training, family, most, max_error)
+    start = jax.jit(jax.vmap(lambda s: training(s).start()))(setups)
+    solution = sweep(
+        lambda params, s: training(s).loss_fn(params),
+        start,
+        setups,
+        in_axes=0,
+        grad=family.has_grad,
+        optimizer=family.optimizer,
+        batch_size=family.batch_size,
+        checkpoint_dir=directory,
+        keep_states=False,
+        **options,
+    )
+    outcome = jax.vmap(lambda s, start, end: training(s).outcome(start, end))
+    return jax.jit(outcome)(setups, start, solution)
+
+
+class _Training:
+    """A set-up with its mechanism."""
+
+    def __init__(self, family: Family, most: SetUp, max_error: bool, s: SetUp):
+        workload_coef = workloads.momentum(most.n, s.momentum)
+        described = {
+            "max_error": max_error,
+            "min_sep": s.n // s.epochs,
+            "max_participations": 1 if most.epochs == 1 else s.epochs,
+        }
+        self._needed = family.needed
+        self._mechanism = family.make(s, most, workload_coef, **described)
+        self._independent = BandedToeplitz(
+            s.n, 1, workload_coef=workload_coef, **described
+        )
+
+    def start(self) -> Array:
+        return self._mechanism.initial_params()
+
+    def loss_fn(self, params: Array) -> Any:
+        """What is optimized."""
+        if isinstance(self._mechanism, Dense):
+            return self._mechanism.loss_and_gradient(params)
+        return self._mechanism.loss(params)
+
+    def outcome(self, start: Array, solution: Solution) -> Outcome:
+        return Outcome(
+            mechanism=self._needed(self._mechanism, solution.value),
+            optimizer_steps=solution.stats["num_steps"],
+            converged=solution.result == optx.RESULTS.successful,
+            error_independent=jnp.sqrt(self._independent.loss(jnp.ones(1))),
+            error_before=self._error(start),
+            error_after=self._error(solution.value),
+        )
+
+    def _error(self, params: Array) -> Array:
+        loss = self.loss_fn(params)
+        if isinstance(self._mechanism, Dense):  # which is optimized for sensitivity 1
+            loss = loss[0] * self._mechanism.sensitivity_squared(params)
+        return jnp.sqrt(loss)

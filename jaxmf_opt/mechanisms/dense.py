@@ -1,0 +1,390 @@
+"""Strategies that are any matrix, found by their Gram matrix.
+
+References:
+  Denisov, McMahan, Rush, Smith and Guha Thakurta, Improved Differential Privacy for SGD
+  via Optimal Private Linear Operators on Adaptive Streams,
+  https://arxiv.org/abs/2202.08312.
+
+  Choquette-Choo, McMahan, Rush and Guha Thakurta, Multi-Epoch Matrix Factorization
+  Mechanisms for Private Machine Learning, https://arxiv.org/abs/2211.06530.
+
+  Choquette-Choo et al., (Amplified) Banded Matrix Factorization: A unified approach to
+  private training, https://arxiv.org/abs/2306.08153.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from .._jax.x64 import x64_region
+from . import _toeplitz
+from ._setup import (
+    Count,
+    Flag,
+    Matrix,
+    Requirements,
+    check_bands,
+    check_flag,
+    check_matrix,
+    check_n,
+    check_participation,
+    steps,
+)
+
+
+class Dense(eqx.Module):
+    """Mechanisms with any lower-triangular matrix as strategy.
+
+    The parameters are the Gram matrix `X = C^T C` of the strategy, in which the problem
+    is convex. Optimize them by `loss_and_gradient` and `grad=True`. The gradient is
+    projected: by steps along it the squared sensitivity stays what it is at
+    `initial_params`, which is 1. It takes O(n^3) time.
+
+    Three ways in which examples take part:
+
+    * once: `max_participations=1`;
+    * in epochs of a fixed order, exactly `min_sep` steps apart, with
+      `n = min_sep * max_participations`;
+    * at least `min_sep` steps apart, with `equal_norm` and `bands <= min_sep`.
+
+    An `equinox.Module`, so a pytree: of set-ups that differ in arrays there can be a
+    batch. What was given as a Python number is a part of the program, what is an array
+    is an operand.
+
+    Attributes:
+      n: Training steps.
+      max_n: The size of matrices over steps.
+      workload_matrix: The lower-triangular workload, shape (max_n, max_n), or None for
+        prefix sums. Rows and columns from `n` on are not looked at.
+      bands: The number of bands of the strategy.
+      equal_norm: Whether all columns of the strategy have the same norm.
+      min_sep: Number of steps from one participation of an example to its next.
+      max_participations: How often an example takes part, at most.
+      max_error: Whether the error is the largest of all steps, and not their mean.
+      valid: Whether the set-up is possible, as far as that could not be seen when the
+        mechanism was made. If it is not, every result is NaN.
+
+    Example:
+      >>> from jaxmf_opt import optimize
+      >>> mechanism = Dense(16, min_sep=4, max_participations=4)
+      >>> start = mechanism.initial_params()
+      >>> gram = optimize(mechanism.loss_and_gradient, start, grad=True, gtol=1e-3)
+      >>> mechanism.strategy_matrix(gram).shape
+      (16, 16)
+    """
+
+    n: Any
+    max_n: int = eqx.field(static=True)
+    workload_matrix: Any
+    bands: Any
+    equal_norm: Any
+    min_sep: Any
+    max_participations: Any
+    max_error: Any
+    valid: Any
+
+    def __init__(
+        self,
+        n: Count | None = None,
+        *,
+        bands: Count | None = None,
+        equal_norm: Flag = False,
+        workload_matrix: Matrix | None = None,
+        min_sep: Count = 1,
+        max_participations: Count | None = 1,
+        max_error: Flag = False,
+    ):
+        """Describes the mechanism that is wanted.
+
+        Args:
+          n: Training steps, by default as many as `workload_matrix` has. An array only
+            if that is given.
+          bands: The number of bands of the strategy, at most and by default `n`.
+          equal_norm: Whether all columns of the strategy have the same norm.
+          workload_matrix: The lower-triangular workload, shape (max_n, max_n), by
+            default prefix sums: see `workloads.matrix`. Rows and columns from `n` on
+            are not looked at.
+          min_sep: Number of steps from one participation of an example to its next.
+          max_participations: How often an example takes part, at most; None for as
+            often as fits.
+          max_error: Whether the error is the largest of all steps, and not their mean.
+
+        Raises:
+          TypeError: If an argument is of the wrong type.
+          ValueError: If an argument is impossible. Where one is traced this cannot be
+            seen, and every result of the mechanism is NaN.
+        """
+        max_n = None
+        if workload_matrix is not None:
+            max_n = len(check_matrix("workload_matrix", workload_matrix))
+        requirements = Requirements()
+        self.n, self.max_n = check_n(requirements, n, max_n)
+        if workload_matrix is not None:
+            workload_matrix = workload_matrix[: self.max_n, : self.max_n]
+        self.workload_matrix = workload_matrix
+        if bands is None:
+            self.bands = self.n
+        else:
+            self.bands, _ = check_bands(requirements, bands, self.max_n, self.n)
+        self.min_sep, self.max_participations = check_participation(
+            requirements, self.n, min_sep, max_participations
+        )
+        self.equal_norm = check_flag("equal_norm", equal_norm)
+        self.max_error = check_flag("max_error", max_error)
+        min_sep, count = self.min_sep, self.max_participations
+        requirements.add(
+            (count == 1)
+            | (min_sep * count == self.n)
+            | (self.equal_norm & (self.bands <= min_sep)),
+            "`max_participations` times `min_sep` must be `n`, unless `equal_norm` is "
+            f"True and `bands` at most `min_sep`; got {count} times {min_sep} for "
+            f"{self.n} steps, {self.bands} bands and equal_norm={self.equal_norm}.",
+        )
+        self.valid = requirements.valid
+
+    def initial_params(self) -> Float[Array, "max_n max_n"]:
+        """A good starting point: a banded square root of the workload.
+
+        The strategy has the coefficients of the square root of a Toeplitz workload with
+        the first column of this one (https://arxiv.org/abs/2405.13763), as many as
+        there are bands and steps until an example takes part again. Its columns have
+        one norm, by which the sensitivity is 1. Independent noise, where the workload
+        has no such root.
+        """
+        workload = self.workload_matrix
+        column = jnp.ones(self.max_n) if workload is None else workload[:, 0]
+        bands = jnp.minimum(self.bands, self._period)
+        root = _toeplitz.square_root(jnp.asarray(column))
+        root = jnp.where(steps(self.max_n) < bands, root, 0.0)
+        inside = self._both_inside
+        strategy = jnp.where(inside, _toeplitz.matrix(root), 0.0)
+        strategy /= jnp.linalg.norm(strategy, axis=0, keepdims=True)
+        gram = jnp.matmul(strategy.T, strategy, precision=_HIGHEST)
+        eye = jnp.eye(self.max_n, dtype=gram.dtype)
+        is_root = jnp.all(jnp.isfinite(gram) | ~inside)
+        gram = jnp.where(is_root & inside, gram, eye)
+        # Rounding must not bring in what the gradient keeps out.
+        gram = jnp.where(jnp.asarray(eye, bool), 1.0, gram)
+        return self._or_nan(gram / self._count(gram.dtype))
+
+    def loss_and_gradient(
+        self, params: Matrix
+    ) -> tuple[Float[Array, ""], Float[Array, "max_n max_n"]]:
+        """The expected squared error for unit noise, and its projected gradient.
+
+        Args:
+          params: A Gram matrix with the diagonal and the zeros that the set-up wants,
+            as those that are reached from `initial_params` by steps in the span of the
+            gradients.
+
+        Returns:
+          The loss, the mean over the steps or the largest, which is what `loss` of
+          another family is as the sensitivity is 1; and the gradient for
+          `optimize(..., grad=True)`. NaN where the set-up is impossible, or `params`
+          are not positive definite.
+
+        Raises:
+          TypeError: If `params` are no real numbers.
+          ValueError: If they have the wrong shape.
+        """
+        workload, factor = self._workload_and_factor(params)
+        half = _solve(factor, workload.T)
+        errors = jnp.sum(half**2, axis=0)
+        # The derivative of the largest error, shared by those that are as large.
+        largest = (errors == jnp.max(errors)).astype(errors.dtype)
+        mean = self._inside.astype(errors.dtype)
+        weights = jnp.where(self.max_error, largest, mean)
+        n = jnp.asarray(self.n, errors.dtype)
+        weights /= jnp.where(self.max_error, jnp.sum(largest), n)
+        whole = _solve(factor, half, transposed=True)
+        gradient = -jnp.matmul(whole * weights[None, :], whole.T, precision=_HIGHEST)
+        loss = jnp.sum(errors * weights)
+        return self._or_nan(loss), self._or_nan(self._project(gradient))
+
+    def per_query_error(self, params: Matrix) -> Float[Array, " max_n"]:
+        """The expected squared error of the model after each step, for unit noise.
+
+        Args:
+          params: The Gram matrix of the strategy.
+
+        Returns:
+          The errors, 0 from `n` on. NaN where the set-up is impossible, or `params` are
+          not positive definite.
+
+        Raises:
+          TypeError: If `params` are no real numbers.
+          ValueError: If they have the wrong shape.
+        """
+        workload, factor = self._workload_and_factor(params)
+        half = _solve(factor, workload.T)
+        return self._or_nan(jnp.sum(half**2, axis=0))
+
+    def sensitivity_squared(self, params: Matrix) -> Float[Array, ""]:
+        """The squared sensitivity of any strategy, or an upper bound of it.
+
+        For participations exactly `min_sep` steps apart; with `equal_norm` and
+        `bands <= min_sep`, for those at least so. The contribution of an example may be
+        any vector. It is exact if columns in which the same example takes part are
+        orthogonal or have products that are not negative
+        (https://arxiv.org/abs/2306.08153, equation 5 and algorithms 3 and 4).
+
+        Args:
+          params: The Gram matrix of the strategy.
+
+        Returns:
+          The squared sensitivity. NaN where the set-up is impossible.
+
+        Raises:
+          TypeError: If `params` are no real numbers.
+          ValueError: If they have the wrong shape.
+        """
+        params = self._check_params(params)
+        inside = self._both_inside
+        gram = jnp.where(inside, jnp.abs(params), 0.0)
+        in_order = jnp.where(self._steps_apart % self._period == 0, gram, 0.0)
+        of_classes = jax.ops.segment_sum(
+            jnp.sum(in_order, axis=1), self._classes, self.max_n
+        )
+        fixed = jnp.max(of_classes)
+        if self.equal_norm is False:
+            return self._or_nan(fixed)
+        at_least = jnp.logical_and(self.equal_norm, self.bands <= self.min_sep)
+        # Without products of two participations that is the sum over a diagonal.
+        far = jnp.abs(self._steps_apart) >= self.min_sep
+        orthogonal = ~jnp.any(far & (gram != 0))
+        rows = jax.vmap(self._largest_sum)(gram)
+        rows = jnp.where(orthogonal, jnp.diag(gram), rows)
+        return self._or_nan(jnp.where(at_least, self._largest_sum(rows), fixed))
+
+    def strategy_matrix(self, params: Matrix) -> Float[Array, "max_n max_n"]:
+        """The lower-triangular strategy `C` with `X = C^T C`.
+
+        Args:
+          params: The Gram matrix of the strategy.
+
+        Returns:
+          The strategy; the rows and columns from `n` on are those of a diagonal matrix.
+          NaN where the set-up is impossible, or `params` are not positive definite.
+
+        Raises:
+          TypeError: If `params` are no real numbers.
+          ValueError: If they have the wrong shape.
+        """
+        gram = self._gram(params)
+        return self._or_nan(_cholesky(gram[::-1, ::-1]).T[::-1, ::-1])
+
+    def noising_matrix(self, params: Matrix) -> Float[Array, "max_n max_n"]:
+        """The inverse of the strategy, by which noise is correlated.
+
+        Args:
+          params: The Gram matrix of the strategy.
+
+        Returns:
+          The lower-triangular inverse; otherwise as `strategy_matrix`.
+
+        Raises:
+          TypeError: If `params` are no real numbers.
+          ValueError: If they have the wrong shape.
+        """
+        strategy = self.strategy_matrix(params)
+        eye = jnp.eye(self.max_n, dtype=strategy.dtype)
+        return _solve(strategy, eye)
+
+    @property
+    def _inside(self) -> Bool[Array, " max_n"]:
+        return jnp.asarray(steps(self.max_n) < self.n)
+
+    @property
+    def _both_inside(self) -> Bool[Array, "max_n max_n"]:
+        return self._inside[:, None] & self._inside[None, :]
+
+    @property
+    def _period(self) -> Any:
+        """After how many steps the same example takes part; for one, never."""
+        if isinstance(self.max_participations, int) and isinstance(self.n, int):
+            return self.n if self.max_participations == 1 else self.min_sep
+        once = self.max_participations == 1
+        return jnp.maximum(jnp.where(once, self.n, self.min_sep), 1)
+
+    @property
+    def _classes(self) -> Array:
+        """Which steps an example takes part in together."""
+        return jnp.asarray(steps(self.max_n) % self._period)
+
+    @property
+    def _steps_apart(self) -> np.ndarray:
+        return steps(self.max_n)[:, None] - steps(self.max_n)[None, :]
+
+    def _count(self, dtype: Any) -> Array:
+        return jnp.asarray(self.max_participations, dtype)
+
+    def _workload_and_factor(self, params: Matrix) -> tuple[Array, Array]:
+        gram = self._gram(params)
+        workload = self.workload_matrix
+        workload = jnp.tri(self.max_n) if workload is None else jnp.asarray(workload)
+        dtype = np.promote_types(workload.dtype, gram.dtype)
+        workload = jnp.where(self._both_inside, workload, 0.0).astype(dtype)
+        return workload, _cholesky(gram.astype(dtype))
+
+    def _gram(self, params: Matrix) -> Array:
+        """The parameters; beyond the steps, those of the identity."""
+        gram = self._check_params(params)
+        eye = jnp.eye(self.max_n, dtype=gram.dtype)
+        return jnp.where(self._both_inside, gram, eye)
+
+    def _project(self, gradient: Array) -> Array:
+        """The part of a gradient along which nothing changes that must not."""
+        apart = self._steps_apart
+        free = (apart % self._period != 0) & (jnp.abs(apart) < self.bands)
+        free &= self._both_inside
+        # The squared norms of the columns of an example have a constant sum.
+        diagonal = jnp.where(self._inside, jnp.diag(gradient), 0.0)
+        sums = jax.ops.segment_sum(diagonal, self._classes, self.max_n)
+        diagonal -= sums[self._classes] / self._count(diagonal.dtype)
+        moves = self._inside & jnp.logical_not(self.equal_norm)
+        diagonal = jnp.where(moves, diagonal, 0.0)
+        return jnp.where(free, gradient, 0.0) + jnp.diag(diagonal)
+
+    def _largest_sum(self, x: Array) -> Array:
+        """The largest sum of elements that one example can take part in.
+
+        By dynamic programming: https://arxiv.org/abs/2306.08153, algorithm 3.
+        """
+
+        def one_more(_: Any, best: Array) -> Array:
+            # best[i] is that of the elements from i on.
+            later = jnp.append(best, jnp.zeros_like(best))
+            later = jax.lax.dynamic_slice(
+                later, (jnp.clip(self.min_sep, 0, x.size),), (x.size,)
+            )
+            return jax.lax.cummax(x + later, reverse=True)
+
+        count = jnp.minimum(self.max_participations, x.size)
+        return jax.lax.fori_loop(0, count, one_more, jnp.zeros_like(x))[0]
+
+    def _check_params(self, params: Any) -> Array:
+        return jnp.asarray(check_matrix("params", params, self.max_n))
+
+    def _or_nan(self, x: Array) -> Array:
+        return Requirements(self.valid).or_nan(x)
+
+
+# In a batch, these kernels can wait for ever where the user has made the program. In a
+# region, which leaves the dtypes of its operands alone, they cannot: see `_lapack`.
+def _cholesky(x: Array) -> Array:
+    return x64_region(jnp.linalg.cholesky, x)
+
+
+def _solve(factor: Array, rhs: Array, *, transposed: bool = False) -> Array:
+    def solve(factor: Array, rhs: Array) -> Array:
+        return jsl.solve_triangular(factor, rhs, lower=True, trans=int(transposed))
+
+    return x64_region(solve, factor, rhs)
+
+
+_HIGHEST = jax.lax.Precision.HIGHEST

@@ -1,0 +1,124 @@
+"""Solves and regions under `shard_map` and on sharded arrays, on four devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sharded_cases
+from jax.sharding import PartitionSpec as P
+from processes import report_of
+
+from jaxmf_opt import optimize
+from jaxmf_opt._jax import varying
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, float | str]:
+    """What the script says, which has a process, and so devices, of its own."""
+    return report_of(
+        sharded_cases.__file__, devices=sharded_cases.DEVICES, warnings="error"
+    )
+
+
+@pytest.mark.parametrize("case", sharded_cases.CASES)
+def test_on_four_devices(case: str, results: dict[str, float | str]):
+    result = results[case]
+    assert isinstance(result, float), result
+    assert result < 1e-6
+
+
+def vma_switch_is_on(check_vma: bool) -> bool:
+    """What the private switch says inside of a `shard_map`."""
+    said: list[bool] = []
+
+    def block(x: jax.Array) -> jax.Array:
+        assert varying.check_vma is not None
+        said.append(varying.check_vma.value)
+        return x
+
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.P("i")
+    jax.make_jaxpr(
+        jax.shard_map(
+            block, mesh=mesh, in_specs=split, out_specs=split, check_vma=check_vma
+        )
+    )(jnp.zeros(1))
+    assert len(said) == 1
+    return said[0]
+
+
+def test_private_switch_of_jax_is_where_it_was():
+    """Fails loudly when JAX moves it.
+
+    The library then still works, but `shard_map` needs check_vma=False: find the new
+    place of the switch, or say so in the documentation.
+    """
+    switch = varying.check_vma
+    assert switch is not None, "jax._src.config._check_vma is gone"
+    before = switch.value
+    assert isinstance(before, bool)
+    for setting in (False, True):
+        with switch(setting):
+            assert switch.value is setting
+        assert switch.value is before
+
+
+def test_private_switch_is_that_of_shard_map():
+    assert vma_switch_is_on(check_vma=True)
+    assert not vma_switch_is_on(check_vma=False)
+
+
+def test_unchecked_switches_off_and_restores():
+    switch = varying.check_vma
+    assert switch is not None
+    with switch(True):
+        with varying.unchecked():
+            assert not switch.value
+        assert switch.value
+
+
+def test_without_the_switch_nothing_changes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(varying, "check_vma", None)
+    x = jnp.ones(2)
+    with varying.unchecked():
+        (same,) = varying.vary_alike([x])
+    assert same is x
+    aval = jax.typeof(x)
+    assert varying.as_operand(aval, aval) is aval
+
+
+def test_without_axes_keeps_shape_and_type():
+    aval = jax.typeof(np.ones((2, 3), np.float32))
+    assert varying.without_axes(aval) == aval
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_loss_that_communicates_is_refused(check_vma: bool):
+    """Its solves, of different lengths, would wait for each other."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def solve(c: jax.Array) -> jax.Array:
+        return optimize(
+            lambda y: jax.lax.psum(jnp.sum((y - c.astype(y.dtype)) ** 2), "d"), c
+        )
+
+    sharded = jax.shard_map(
+        solve, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=check_vma
+    )
+    with pytest.raises(ValueError, match=r"`loss_fn` uses a mapped axis, 'd'"):
+        jax.jit(sharded)(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"`loss_fn` uses a mapped axis, 'lanes'"):
+        jax.vmap(
+            lambda c: optimize(
+                lambda y: (y - jax.lax.pmean(c.astype(y.dtype) * y, "lanes")) ** 2, c
+            ),
+            axis_name="lanes",
+        )(jnp.ones(2))
+
+
+def test_a_loss_may_map_and_sum_inside():
+    def loss(y: jax.Array) -> jax.Array:
+        centred = jax.vmap(lambda y: y - jax.lax.pmean(y, "i"), axis_name="i")(y)
+        return jnp.sum((centred - jnp.array([1.0, -1.0])) ** 2) + jnp.sum(y) ** 2
+
+    np.testing.assert_allclose(optimize(loss, jnp.zeros(2)), [1.0, -1.0], rtol=1e-6)

@@ -1,0 +1,993 @@
+"""The derivative of a minimum, by every transformation and for every kind of loss."""
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from jax.dtypes import float0
+from jax.experimental.jet import jet
+
+from jaxmf_opt import optimize
+from jaxmf_opt._solver.optimizers import DEFAULT_OPTIMIZER
+from jaxmf_opt.mechanisms import BandedToeplitz, workloads
+
+Map = Callable[[jax.Array], jax.Array]
+
+# Exact in float32, so that programs of both precisions differentiate at one point.
+C = np.array([0.25, -0.75])
+A = np.array([[2.0, 0.5], [0.5, 1.0]])
+SKEW = np.array([[1.5, 0.5], [-0.25, 1.0]])
+KEY = jax.random.key(7)
+
+MATRIX_FREE = lx.LSMR(rtol=1e-14, atol=0.0, conlim=1e12)
+
+# Compiles in a third of the time of L-BFGS, and these losses are well conditioned.
+PLAIN = optax.sgd(0.4)
+
+
+def point(x64: bool, c: Any = C) -> jax.Array:
+    return jnp.asarray(c, jnp.float64 if x64 else jnp.float32)
+
+
+def assert_close(got: Any, want: Any, x64: bool, scale: float = 1.0) -> None:
+    """Equal, up to what float32, or the solve in float64, leaves over."""
+    rtol = scale * (1e-8 if x64 else 2e-6)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, rtol=rtol, atol=rtol), got, want
+    )
+
+
+def assert_dtype(tree: Any, x64: bool) -> None:
+    want = jnp.float64 if x64 else jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(want)}
+
+
+def central_difference(fn: Callable[[Any], Any], at: Any, step: float) -> Any:
+    """The derivative in float64 of a function of a number, exact to `step**4`."""
+
+    def slope(step: float) -> Any:
+        up, down = fn(jnp.asarray(at + step)), fn(jnp.asarray(at - step))
+        return (np.asarray(up) - np.asarray(down)) / (2 * step)
+
+    with jax.enable_x64():
+        return (4 * slope(step / 2) - slope(step)) / 3
+
+
+class Case(NamedTuple):
+    """A loss `sum(cosh(x)) - c.x`, least where `x = arcsinh(c)`, for some `x(y, c)`.
+
+    Attributes:
+      x: Invertible in `y`.
+      y: Its inverse `y(x, c)`, which makes the minimum a closed form in `c`.
+      optimizer: What finds it.
+    """
+
+    x: Callable[[jax.Array, jax.Array], jax.Array]
+    y: Callable[[jax.Array, jax.Array], jax.Array]
+    optimizer: optax.GradientTransformation = PLAIN
+
+    def minimum(self, c: jax.Array, start: Any = 0.0) -> jax.Array:
+        def loss(y: jax.Array) -> jax.Array:
+            x = self.x(y, c.astype(y.dtype))
+            return jnp.sum(jnp.cosh(x)) - c.astype(y.dtype) @ x
+
+        start = jnp.full(2, start, c.dtype)
+        return optimize(loss, start, optimizer=self.optimizer, max_optimizer_steps=600)
+
+    def closed_form(self, c: jax.Array) -> jax.Array:
+        return self.y(jnp.arcsinh(c), c)
+
+
+class Quadratic(Case):
+    """`y.Ay / 2 - c.y`, with upstream's optimizer."""
+
+    def minimum(self, c: jax.Array, start: Any = 0.0) -> jax.Array:
+        start = jnp.full(2, start, c.dtype)
+        return optimize(lambda y: y @ A @ y / 2 - c.astype(y.dtype) @ y, start)
+
+    def closed_form(self, c: jax.Array) -> jax.Array:
+        return jnp.linalg.inv(A) @ c
+
+
+def decayed(y: jax.Array) -> jax.Array:
+    def step(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return y + x / 2, y + x / 2
+
+    return jax.lax.scan(step, jnp.zeros((), y.dtype), y)[1]
+
+
+def undecayed(x: jax.Array) -> jax.Array:
+    return x - jnp.array([0.0, 0.5]) * jnp.roll(x, 1)
+
+
+def convolved(y: jax.Array) -> jax.Array:
+    return jnp.convolve(jnp.pad(y, (1, 0)), jnp.array([1.0, 0.5]))[1:3]
+
+
+def spd(c: jax.Array) -> jax.Array:
+    return jnp.outer(c, c) / 4 + A
+
+
+def random_matrix() -> jax.Array:
+    return jnp.eye(2) + jax.random.uniform(KEY, (2, 2), jnp.float64) / 8
+
+
+def circulant(c: jax.Array) -> jax.Array:
+    return jnp.array([[1.0, 0.25], [0.25, 1.0]]) + c[0] * jnp.eye(2)
+
+
+def filtered(y: jax.Array, c: jax.Array) -> jax.Array:
+    spectrum = jnp.fft.fft(
+        jnp.array([1.0, 0.25], y.dtype) + c[0] * jnp.array([1.0, 0.0], y.dtype)
+    )
+    return jnp.fft.ifft(jnp.fft.fft(y) * spectrum).real
+
+
+LOSSES: dict[str, Case] = {
+    "cosh": Case(lambda y, c: y, lambda x, c: x),
+    "quadratic": Quadratic(lambda y, c: y, lambda x, c: x, DEFAULT_OPTIMIZER),
+    "scan": Case(lambda y, c: decayed(y), lambda x, c: undecayed(x)),
+    "pad, convolve": Case(lambda y, c: convolved(y), lambda x, c: undecayed(x)),
+    "solve": Case(lambda y, c: jnp.linalg.solve(spd(c), y), lambda x, c: spd(c) @ x),
+    "cholesky": Case(
+        lambda y, c: jnp.linalg.cholesky(spd(c)) @ y,
+        lambda x, c: jnp.linalg.inv(jnp.linalg.cholesky(spd(c))) @ x,
+    ),
+    "fft": Case(filtered, lambda x, c: jnp.linalg.inv(circulant(c)) @ x),
+    "random key": Case(
+        lambda y, c: random_matrix() @ y,
+        lambda x, c: jnp.linalg.inv(random_matrix()) @ x,
+    ),
+}
+
+
+def scalar(f: Map) -> Map:
+    """Something that is not linear in the minimum."""
+    return lambda c: jnp.sum(jnp.sin(f(c)) * jnp.array([1.0, 2.0], c.dtype))
+
+
+def stacked(c: jax.Array) -> jax.Array:
+    return jnp.stack([c, -c / 2, c + 0.25])
+
+
+def later(f: Map) -> Map:
+    """Two cotangents, pulled back after the solve."""
+
+    def fn(c: jax.Array) -> jax.Array:
+        _, pull = jax.vjp(f, c)
+        return jnp.stack([*pull(jnp.ones_like(c)), *pull(c)])
+
+    return fn
+
+
+def linearized(f: Map) -> Any:
+    def fn(c: jax.Array) -> Any:
+        y, push = jax.linearize(f, c)
+        return y, push(jnp.ones_like(c)), push(c)
+
+    return fn
+
+
+def scanned(f: Map) -> Map:
+    """Each minimum shifts what the next loss captures."""
+
+    def step(total: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = f(c + total / 8)
+        return total + y, y
+
+    return lambda c: jnp.sum(jax.lax.scan(step, 0 * c, stacked(c))[1] ** 2)
+
+
+def branched(f: Map) -> Map:
+    return lambda c: jnp.sum(jax.lax.cond(c[0] > 0, f, jnp.cos, c) ** 2)
+
+
+def with_vjp_rule(f: Map) -> Map:
+    """The solve both in the forward pass of the rule and around it."""
+    rule = jax.custom_vjp(lambda c: f(c))
+    rule.defvjp(lambda c: jax.vjp(f, c), lambda pull, ct: pull(ct))
+    return lambda c: scalar(rule)(jnp.sin(c)) + scalar(f)(c)
+
+
+def with_jvp_rule(f: Map) -> Map:
+    rule = jax.custom_jvp(lambda c: f(c))
+    rule.defjvp(lambda c, t: jax.jvp(f, c, t))
+    return lambda c: scalar(rule)(jnp.sin(c)) + scalar(f)(c)
+
+
+VALUES: dict[str, Callable[[Map], Any]] = {
+    "call": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: lambda c: jax.vmap(f)(stacked(c)),
+    "jit of vmap of jit": lambda f: lambda c: jax.jit(jax.vmap(jax.jit(f)))(stacked(c)),
+}
+DERIVATIVES: dict[str, Callable[[Map], Any]] = {
+    "grad": lambda f: jax.grad(scalar(f)),
+    "value_and_grad": lambda f: jax.value_and_grad(scalar(f)),
+    "vjp, pulled back later": later,
+    "linearize": linearized,
+    "jvp": lambda f: lambda c: jax.jvp(f, (c,), (jnp.cos(c),)),
+    "jacfwd": jax.jacfwd,
+    "jacrev": jax.jacrev,
+    "hessian": lambda f: jax.hessian(scalar(f)),
+    "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f)),
+    "vmap of grad": lambda f: lambda c: jax.vmap(jax.grad(scalar(f)))(stacked(c)),
+    "jit of grad": lambda f: jax.jit(jax.grad(scalar(f))),
+    "grad of jit": lambda f: jax.grad(jax.jit(scalar(f))),
+    "jit of vmap of grad of jit": lambda f: (
+        lambda c: jax.jit(jax.vmap(jax.grad(jax.jit(scalar(f)))))(stacked(c))
+    ),
+    "grad of scan": lambda f: jax.grad(scanned(f)),
+    "grad of map": lambda f: jax.grad(
+        lambda c: jnp.sum(jax.lax.map(f, stacked(c)) ** 2)
+    ),
+    "grad of cond": lambda f: jax.grad(branched(f)),
+    "grad of checkpoint": lambda f: jax.grad(jax.checkpoint(scalar(f))),
+    "grad around custom_vjp": lambda f: jax.grad(with_vjp_rule(f)),
+    "grad around custom_jvp": lambda f: jax.grad(with_jvp_rule(f)),
+}
+WAYS = {**VALUES, **DERIVATIVES}
+
+
+def batched(f: Map, *, inner: Any = lambda f: f, outer: Any = lambda f: f) -> Map:
+    return lambda c: outer(jax.vmap(inner(f)))(stacked(c))
+
+
+def batched_twice(f: Map, *, jits: Sequence[bool]) -> Map:
+    inner, middle, outer = (jax.jit if j else lambda f: f for j in jits)
+    of_rows = middle(jax.vmap(inner(f)))
+    return lambda c: outer(jax.vmap(of_rows))(jnp.stack([stacked(c), stacked(c / 2)]))
+
+
+def looped(f: Map) -> Map:
+    """Three solves, each starting its loss where the last one ended."""
+    return lambda c: jax.lax.while_loop(
+        lambda carry: carry[0] < 3,
+        lambda carry: (carry[0] + 1, f(carry[1] / 2 + c / 4)),
+        (0, c),
+    )[1]
+
+
+def chained(f: Map) -> Map:
+    def step(x: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = f(x / 2 + row)
+        return y, y
+
+    return lambda c: jax.lax.scan(step, c, stacked(c))[1]
+
+
+def switched(f: Map) -> Map:
+    branches = [jnp.sin, f, lambda c: f(c / 2)]
+    return lambda c: jax.lax.switch((4 * c[0]).astype(int), branches, c)
+
+
+def rowwise(f: Map) -> Map:
+    return lambda c: jax.lax.map(f, stacked(c))
+
+
+CONTROL: dict[str, Callable[[Map], Map]] = {
+    "scan": chained,
+    "map": rowwise,
+    "cond": lambda f: lambda c: jax.lax.cond(c[0] > 0, f, jnp.cos, c),
+    "switch": switched,
+    "while_loop": looped,
+    "checkpoint": jax.checkpoint,
+}
+VMAPPED = ["jvp", "vjp, pulled back later", "linearize", "jacfwd", "jacrev", "hessian"]
+MORE_WAYS = {
+    **{
+        f"vmap of vmap, jit {''.join('01'[j] for j in jits)}": functools.partial(
+            batched_twice, jits=jits
+        )
+        for jits in itertools.product([False, True], repeat=3)
+    },
+    "vmap of jit": functools.partial(batched, inner=jax.jit),
+    "jit of vmap": functools.partial(batched, outer=jax.jit),
+    "filter_jit of filter_vmap": lambda f: (
+        lambda c: eqx.filter_jit(eqx.filter_vmap(f))(stacked(c))
+    ),
+    **CONTROL,
+    **{f"vmap of {k}": lambda f, k=k: batched(CONTROL[k](f)) for k in CONTROL},
+    **{f"vmap of {k}": lambda f, k=k: batched(DERIVATIVES[k](f)) for k in VMAPPED},
+    "jit of vmap of hessian": lambda f: batched(jax.hessian(scalar(f)), outer=jax.jit),
+}
+ALL_WAYS = {**WAYS, **MORE_WAYS}
+
+SOME = ["scan", "solve", "fft"]
+
+
+def cells() -> Iterator[tuple[str, str, bool]]:
+    """Ways, losses and whether x64 is on: each pair of two of them at least once.
+
+    (All triples would say the same four times as slowly.)
+    """
+    losses = list(LOSSES)
+    for i, way in enumerate(WAYS):
+        for x64 in (False, True):
+            yield way, losses[(i + 3 * x64) % len(losses)], x64
+    for i, loss in enumerate(losses):
+        for way in ("value_and_grad", "hessian"):
+            yield way, loss, (i + (way == "hessian")) % 2 == 0
+    # More ways to nest the same.
+    for i, way in enumerate(MORE_WAYS):
+        yield way, SOME[i % len(SOME)], i % 2 == 0
+
+
+CELLS = list(dict.fromkeys(cells()))
+
+
+@functools.cache
+def of_closed_form(way: str, loss: str) -> Any:
+    with jax.enable_x64():
+        return jax.jit(ALL_WAYS[way](LOSSES[loss].closed_form))(jnp.asarray(C))
+
+
+class TestEveryWay:
+    """A table of transformations, losses, and the two settings."""
+
+    @pytest.mark.parametrize(("way", "loss", "x64"), CELLS)
+    def test_against_the_closed_form(self, way: str, loss: str, x64: bool):
+        """The same transformation of the closed form, in float64."""
+        case = LOSSES[loss]
+        with jax.enable_x64(x64):
+            got = ALL_WAYS[way](case.minimum)(point(x64))
+        assert_dtype(got, x64)
+        assert_close(got, of_closed_form(way, loss), x64, scale=10)
+
+    @pytest.mark.parametrize("loss", ["scan", "cholesky"])
+    def test_against_central_differences(self, loss: str, x64: bool):
+        """Of whole solves, which know nothing of closed forms."""
+        minimum = LOSSES[loss].minimum
+        got = jax.jit(jax.jacfwd(minimum))(point(x64))
+        solve = jax.jit(minimum)
+        want = [
+            central_difference(lambda t, e=e: solve(C + t * e), 0.0, 1e-2)
+            for e in np.eye(2)
+        ]
+        assert_close(got, np.stack(want, axis=1), x64, scale=10)
+
+
+def invariant_minimum(
+    c: jax.Array, linear_solver: lx.AbstractLinearSolver | None = None
+) -> jax.Array:
+    """Of a loss without a scale. Its direction is `c**(1/4)`, normalised."""
+
+    def loss(y: jax.Array) -> jax.Array:
+        return jnp.sum(c.astype(y.dtype) / y**2) * jnp.sum(y**2)
+
+    start = jnp.ones(c.shape, c.dtype)
+    return optimize(loss, start, linear_solver=linear_solver)
+
+
+def direction(y: jax.Array) -> jax.Array:
+    return y / jnp.linalg.norm(y)
+
+
+WEIGHTS = np.array([0.5, 1.0, 2.0])
+
+
+MOMENTUM = 0.5
+
+
+def toeplitz_error(momentum: jax.Array, y: jax.Array) -> jax.Array:
+    return banded(momentum).loss(y)
+
+
+def banded(momentum: jax.Array) -> BandedToeplitz:
+    workload_coef = workloads.momentum(8, momentum)
+    return BandedToeplitz(bands=3, max_bands=4, workload_coef=workload_coef)
+
+
+def toeplitz(momentum: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The least error, the direction of a strategy that has it, and the strategy."""
+    start = BandedToeplitz(8, 3, max_bands=4).initial_params()
+    y = optimize(lambda y: toeplitz_error(momentum, y), start)
+    return toeplitz_error(momentum, y), direction(y), y
+
+
+@functools.cache
+def toeplitz_differences() -> tuple[Any, Any]:
+    solve = jax.jit(toeplitz)
+    error, turn = (
+        central_difference(lambda m, i=i: solve(m)[i], MOMENTUM, 2e-3) for i in range(2)
+    )
+    return error, turn
+
+
+class TestSingularHessian:
+    def test_the_derivative_is_the_one_of_smallest_norm(self, x64: bool):
+        """The minimum turns with `c`, and keeps the length that it happens to have."""
+        c = point(x64, WEIGHTS)
+        y, got = jax.jit(
+            lambda c: (invariant_minimum(c), jax.jacfwd(invariant_minimum)(c))
+        )(c)
+        with jax.enable_x64():
+            turn = jax.jacfwd(lambda c: direction(c**0.25))(jnp.asarray(WEIGHTS))
+            want = np.linalg.norm(y) * np.asarray(turn)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(y) @ np.asarray(got), 0.0, atol=1e-6)
+
+    def test_scale_invariant_functions_have_exact_derivatives(self, x64: bool):
+        got = jax.jacrev(lambda c: direction(invariant_minimum(c)))(point(x64, WEIGHTS))
+        with jax.enable_x64():
+            want = jax.jacrev(lambda c: direction(c**0.25))(jnp.asarray(WEIGHTS))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+    def test_banded_toeplitz_by_the_momentum(self, x64: bool):
+        at = point(x64, MOMENTUM)
+        (_, _, y), got = jax.jit(
+            lambda m: jax.jvp(toeplitz, (m,), (jnp.ones_like(m),))
+        )(at)
+        # At a minimum, what the strategy does with the momentum changes nothing.
+        envelope = jax.jit(jax.grad(toeplitz_error))(at, y)
+        np.testing.assert_allclose(got[0], envelope, rtol=1e-5)
+        error, turn = toeplitz_differences()
+        np.testing.assert_allclose(got[0], error, rtol=1e-6)
+        # The direction of a minimum is known to 1e-8, its difference to 1e-5.
+        np.testing.assert_allclose(got[1], turn, rtol=1e-5, atol=1e-5)
+        # The fourth coefficient is outside of the bands.
+        assert got[1][3] == 0
+
+    def test_masked_parameters(self, x64: bool):
+        """What neither the loss nor the gradient looks at stays where it is."""
+        mask = np.array([True, False])
+
+        def minimum(c: jax.Array) -> jax.Array:
+            def loss(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+                def value(y: jax.Array) -> jax.Array:
+                    y = jnp.where(mask, y, 0.0)
+                    return y @ A @ y / 2 - c.astype(y.dtype) @ y
+
+                lowest, grad = jax.value_and_grad(value)(y)
+                return lowest, jnp.where(mask, grad, 0.0)
+
+            return optimize(loss, jnp.full(2, 0.5, c.dtype), grad=True)
+
+        assert_close(minimum(point(x64)), np.array([C[0] / 2, 0.5]), x64)
+        got = jax.jacrev(minimum)(point(x64))
+        assert_close(got, np.array([[0.5, 0.0], [0.0, 0.0]]), x64)
+
+
+COUPLED = [
+    np.diag([1.0, 0.0]),  # a mask
+    np.eye(2) - 0.5,  # keeps the sum of the parameters
+]
+
+
+class TestProjectedGradient:
+    """The minimum that the iteration finds keeps what the projection takes away."""
+
+    START = np.array([0.5, 0.25])
+
+    def minimum(
+        self, c: jax.Array, projection: np.ndarray, solver: Any = None
+    ) -> jax.Array:
+        def loss(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return y @ A @ y / 2 - c.astype(y.dtype) @ y, jnp.asarray(projection) @ (
+                A @ y - c.astype(y.dtype)
+            )
+
+        start = jnp.asarray(self.START, c.dtype)
+        return optimize(loss, start, grad=True, optimizer=PLAIN, linear_solver=solver)
+
+    @pytest.mark.parametrize(
+        ("projection", "solver"),
+        [(COUPLED[0], None), (COUPLED[1], None), (COUPLED[0], MATRIX_FREE)],
+        ids=["mask", "sum", "mask, matrix-free"],
+    )
+    def test_of_a_coupled_loss(self, projection: np.ndarray, solver: Any, x64: bool):
+        # Along the one direction that is left, a quadratic function of one number.
+        along = np.linalg.eigh(projection)[1][:, 1]
+        want = np.outer(along, along) / (along @ A @ along)
+        held = np.eye(2) - projection
+        with jax.enable_x64():
+            y = self.minimum(jnp.asarray(C), projection)
+        np.testing.assert_allclose(held @ np.asarray(y), held @ self.START, atol=1e-12)
+        minimum = functools.partial(self.minimum, projection=projection, solver=solver)
+        for jacobian in (jax.jacfwd, jax.jacrev):
+            got = jax.jit(jacobian(minimum))(point(x64))
+            assert_close(got, want, x64)
+
+
+def root(c: jax.Array, linear_solver: lx.AbstractLinearSolver | None = None) -> Any:
+    """Of a "gradient" that is the gradient of no function: its Jacobian is skewed."""
+
+    def loss(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(y**2), jnp.asarray(SKEW) @ y - jnp.sin(c.astype(y.dtype))
+
+    start = jnp.zeros(2, c.dtype)
+    return optimize(
+        loss,
+        start,
+        grad=True,
+        optimizer=PLAIN,
+        max_optimizer_steps=200,
+        linear_solver=linear_solver,
+    )
+
+
+ROOT_JACOBIAN = np.linalg.inv(SKEW) @ np.diag(np.cos(C))
+
+
+class TestTheUsersGradient:
+    """With `grad=True` the derivative is that of its root."""
+
+    @pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
+    def test_jacobian(self, jacobian: Callable[..., Any], x64: bool):
+        np.testing.assert_allclose(
+            root(point(x64)), np.linalg.inv(SKEW) @ np.sin(C), rtol=1e-6
+        )
+        got = jacobian(root)(point(x64))
+        assert_dtype(got, x64)
+        assert_close(got, ROOT_JACOBIAN, x64)
+
+    def test_second_derivative(self, x64: bool):
+        got = jax.jit(jax.hessian(lambda c: jnp.sum(root(c))))(point(x64))
+        rows = np.linalg.inv(SKEW).sum(axis=0)
+        assert_close(got, np.diag(-rows * np.sin(C)), x64)
+
+    @pytest.mark.parametrize("solver", ["direct", "LSMR", "SVD"])
+    def test_solvers(self, solver: str, x64: bool):
+        linear_solver = {
+            "direct": None,
+            "LSMR": lx.LSMR(rtol=1e-12, atol=1e-12),
+            "SVD": lx.SVD(),
+        }[solver]
+        got = jax.jit(jax.grad(lambda c: jnp.sum(root(c, linear_solver))))(point(x64))
+        assert_close(got, ROOT_JACOBIAN.sum(axis=0), x64)
+
+
+class TestLinearSolver:
+    @pytest.mark.parametrize(
+        ("solver", "transform"),
+        [("SVD", jax.grad), ("CG", jax.grad), ("CG", jax.hessian)],
+    )
+    def test_given_by_the_caller(
+        self, solver: str, transform: Callable[..., Any], x64: bool
+    ):
+        chosen = {"SVD": lx.SVD(), "CG": lx.CG(rtol=1e-10, atol=1e-10)}[solver]
+
+        def minimum(c: jax.Array) -> jax.Array:
+            return optimize(
+                lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ A @ y,
+                jnp.zeros(2, c.dtype),
+                optimizer=PLAIN,
+                linear_solver=chosen,
+            )
+
+        got = jax.jit(transform(lambda c: jnp.sum(minimum(c))))(point(x64))
+        with jax.enable_x64():
+            closed = lambda c: jnp.sum(jnp.arcsinh(A @ c))  # noqa: E731
+            want = transform(closed)(jnp.asarray(C))
+        assert_dtype(got, x64)
+        assert_close(got, want, x64)
+
+    @pytest.fixture
+    def never_direct(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("jaxmf_opt._solver.implicit.DIRECT_SIZE", 0)
+
+    def test_many_parameters_without_a_matrix(self, x64: bool, never_direct: None):
+        n = 600
+        diagonal = np.linspace(1.0, 2.0, n)
+        u = np.linspace(-1.0, 1.0, n) / 16
+        c = np.cos(np.arange(n))
+
+        def minimum(c: jax.Array) -> jax.Array:
+            def loss(y: jax.Array) -> jax.Array:
+                return (
+                    jnp.sum(diagonal * y**2 + (u @ y) ** 2 / n) / 2
+                    - c.astype(y.dtype) @ y
+                )
+
+            return optimize(loss, jnp.zeros(n, c.dtype), optimizer=PLAIN)
+
+        # Of the weights, the first is exactly 0.
+        weights = np.sin(np.arange(n) / 7)
+        program = jax.jit(jax.grad(lambda c: minimum(c) @ weights.astype(c.dtype)))
+        got = program(point(x64, c))
+        want = np.linalg.solve(np.diag(diagonal) + np.outer(u, u), weights)
+        assert_dtype(got, x64)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+        lowered = program.lower(point(x64, c))
+        assert f"{n}x{n}" not in lowered.as_text()
+        compiled_text = lowered.compile().as_text()
+        assert compiled_text is not None
+        assert "callback" not in compiled_text
+
+    WAYS: dict[str, Any] = {  # noqa: RUF012
+        "jacfwd": jax.jacfwd,
+        "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f)),
+    }
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_singular_without_a_matrix(self, way: str):
+        """First and second derivatives of a minimum that is not unique."""
+        transform = self.WAYS[way]
+        with jax.enable_x64():
+            c = jnp.asarray(WEIGHTS)
+            got = transform(lambda c: direction(invariant_minimum(c, MATRIX_FREE)))(c)
+            want = transform(lambda c: direction(c**0.25))(c)
+        np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-8)
+
+    def test_a_cotangent_outside_of_the_range(self, never_direct: None):
+        """The length of the minimum does not move, and no solver goes astray."""
+        n = 300
+        length = lambda c: jnp.sum(invariant_minimum(c) ** 2)  # noqa: E731
+        got = jax.jit(jax.grad(length))(jnp.linspace(1.0, 2.0, n))
+        np.testing.assert_allclose(got, 0.0, atol=1e-5)
+
+
+class TestZeroDerivative:
+    """With respect to all that a minimum does not depend on."""
+
+    def test_start_tolerances_and_learning_rate(self, x64: bool):
+        def total(
+            start: jax.Array, rtol: jax.Array, rate: jax.Array, c: jax.Array
+        ) -> jax.Array:
+            y = optimize(
+                lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ y,
+                start,
+                optimizer=optax.sgd(rate),
+                rtol=rtol,
+                atol=rtol,
+                gtol=rtol,
+            )
+            return jnp.sum(y)
+
+        args = [point(x64, x) for x in ([0.5, 0.1], 1e-10, 0.4, C)]
+        got = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(*args)
+        assert_dtype(got, x64)
+        assert not np.any(jnp.concatenate([x.ravel() for x in got[:3]]))
+        assert_close(got[3], 1 / np.sqrt(1 + C**2), x64)
+        moves = [jnp.ones_like(x) for x in args[:3]]
+        frozen = jax.jvp(
+            lambda a, b, d: total(a, b, d, args[3]), tuple(args[:3]), tuple(moves)
+        )
+        assert frozen[1] == 0
+
+
+def total_of(tree: dict[str, Any]) -> jax.Array:
+    """The sum of a minimum at `n * c / (n + flag)`, of leaves of all kinds."""
+
+    def loss(y: jax.Array) -> jax.Array:
+        assert tree["nothing"] is None
+        n, c = (tree[name].astype(y.dtype) for name in ("n", "c"))
+        noise = 0.0 * jax.random.normal(tree["key"], (2,))
+        pull = jnp.where(tree["flag"], y**2, 0.0)
+        return jnp.sum(n * (y - c) ** 2 + pull + noise)
+
+    start = jnp.zeros(2, tree["c"].dtype)
+    return jnp.sum(optimize(loss, start, optimizer=optax.sgd(0.2)))
+
+
+class TestLeavesThatDoNotMove:
+    """Integers, bools, keys and None in what the loss closes over."""
+
+    WANT = np.array([0.5, 1.0])
+
+    def tree(self, x64: bool) -> dict[str, Any]:
+        return {
+            "c": point(x64),
+            "n": jnp.array([1, 2]),
+            "flag": jnp.array([True, False]),
+            "key": jax.random.key(3),
+            "nothing": None,
+        }
+
+    @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_grad(self, wrap: Callable[..., Any], x64: bool):
+        tree = self.tree(x64)
+        key = tree.pop("key")
+
+        def total(tree: dict[str, Any], key: jax.Array) -> jax.Array:
+            return total_of({**tree, "key": key})
+
+        got = wrap(jax.grad(total, allow_int=True))(tree, key)
+        assert_close(got["c"], self.WANT, x64)
+        assert_dtype(got["c"], x64)
+        assert got["n"].dtype == got["flag"].dtype == float0
+        assert got["nothing"] is None
+
+    def test_vjp_of_a_key_too(self, x64: bool):
+        value, pull = jax.vjp(total_of, self.tree(x64))
+        (got,) = pull(jnp.ones_like(value))
+        assert_close(got["c"], self.WANT, x64)
+        assert got["key"].dtype == got["n"].dtype == float0
+
+    def test_filter_grad(self, x64: bool):
+        got = eqx.filter_jit(eqx.filter_grad(total_of))(self.tree(x64))
+        assert_close(got["c"], self.WANT, x64)
+        assert got["n"] is got["flag"] is got["key"] is None
+
+    def test_vmap_over_all_leaves(self, x64: bool):
+        tree = self.tree(x64)
+        tree = jax.tree.map(lambda x: jnp.stack([x, x]), tree)
+        floats, rest = eqx.partition(tree, eqx.is_inexact_array)
+        got = jax.vmap(jax.grad(lambda f, r: total_of(eqx.combine(f, r))))(floats, rest)
+        assert_close(got["c"], np.stack([self.WANT, self.WANT]), x64)
+
+
+class TestOneSolve:
+    """No iteration is differentiated, so a derivative costs one solve."""
+
+    TRANSFORMATIONS: dict[str, Callable[..., Any]] = {  # noqa: RUF012
+        "grad": lambda f: jax.grad(lambda c: jnp.sum(f(c))),
+        "value_and_grad": lambda f: jax.value_and_grad(lambda c: jnp.sum(f(c))),
+        "jacrev": jax.jacrev,
+    }
+
+    @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+    def test_evaluations(self, transformation: str):
+        """Counted where they are executed, in solves of different lengths."""
+        evaluations = traces = 0
+
+        def count() -> None:
+            nonlocal evaluations
+            evaluations += 1
+
+        def minimum(c: jax.Array, steps: int) -> jax.Array:
+            def loss(y: jax.Array) -> jax.Array:
+                nonlocal traces
+                traces += 1
+                jax.debug.callback(count)
+                return jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ y
+
+            start = jnp.zeros(2, c.dtype)
+            return optimize(loss, start, max_optimizer_steps=steps, optimizer=PLAIN)
+
+        def executed(fn: Callable[..., Any]) -> int:
+            nonlocal evaluations
+            evaluations = 0
+            jax.block_until_ready(fn(point(False)))
+            jax.effects_barrier()
+            return evaluations
+
+        extra = []
+        for steps in (20, 50):
+            solve = lambda c, steps=steps: minimum(c, steps)  # noqa: E731
+            plain = executed(jax.jit(solve))
+            assert plain >= steps
+            derivative = self.TRANSFORMATIONS[transformation](solve)
+            extra.append(executed(jax.jit(derivative)) - plain)
+        # One pass through the linear system, of 2 parameters and 2 right-hand sides.
+        assert 0 < extra[0] == extra[1] <= 8
+        assert traces < 20
+
+
+class TestNothingLeaks:
+    def test_the_setting_is_restored(self, x64: bool):
+        minimum = LOSSES["cosh"].minimum
+        for fn in (jax.grad(scalar(minimum)), jax.jit(jax.hessian(scalar(minimum)))):
+            fn(point(x64))
+            assert jax.config.jax_enable_x64 is x64  # pyright: ignore
+            assert_dtype(jnp.zeros(1), x64)
+
+    @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap])
+    def test_the_setting_is_restored_by_exceptions(
+        self, wrap: Callable[..., Any], x64: bool
+    ):
+        """Of the loss itself, and of the derivative rule that it contains."""
+        error = ValueError("mine")
+
+        @jax.custom_jvp
+        def refuses(y: jax.Array) -> jax.Array:
+            return jnp.sum(y**2)
+
+        @refuses.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            raise error
+
+        def fails(y: jax.Array) -> jax.Array:
+            raise error
+
+        for loss in (refuses, fails):
+            total = lambda c, loss=loss: jnp.sum(  # noqa: E731
+                optimize(lambda y: loss(y - c.astype(y.dtype)), jnp.zeros_like(c))
+            )
+            with pytest.raises(ValueError, match="mine"):
+                wrap(jax.grad(total))(jnp.stack([point(x64)] * 2))
+            assert_dtype(jnp.zeros(1), x64)
+            assert_dtype(jax.grad(scalar(LOSSES["cosh"].minimum))(point(x64)), x64)
+
+    def test_threads_with_different_settings(self):
+        results: dict[int, Any] = {}
+        barrier = threading.Barrier(4)
+
+        def work(i: int) -> None:
+            with jax.enable_x64(i % 2 == 1):
+                barrier.wait()
+                fn = jax.grad(scalar(LOSSES["cosh"].minimum))
+                got = (jax.jit(fn) if i < 2 else fn)(point(i % 2 == 1))
+                results[i] = got, jnp.zeros(1).dtype
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        want = np.cos(np.arcsinh(C)) / np.sqrt(1 + C**2) * [1, 2]
+        for i in range(4):
+            x64 = i % 2 == 1
+            got, dtype = results[i]
+            assert dtype == (jnp.float64 if x64 else jnp.float32)
+            assert_dtype(got, x64)
+            assert_close(got, want, x64)
+
+    def test_parameters_keep_their_dtypes(self, x64: bool):
+        """A pytree of several: none is that of the loss, nor of what it captures."""
+        half = jnp.bfloat16
+
+        def minimum(c: jax.Array) -> dict[str, jax.Array]:
+            start = {"half": jnp.zeros(2, half), "single": jnp.zeros(2, jnp.float32)}
+            return optimize(
+                lambda y: (
+                    jnp.sum(jnp.cosh(y["half"]) + jnp.cosh(y["single"]))
+                    - c.astype(y["half"].dtype) @ (y["half"] + y["single"])
+                ),
+                start,
+                optimizer=PLAIN,
+            )
+
+        c = point(x64)
+        y, moved = jax.jvp(minimum, (c,), (jnp.ones_like(c),))
+        for tree in (y, moved):
+            assert tree["half"].dtype == half
+            assert tree["single"].dtype == jnp.float32
+        want = 1 / np.sqrt(1 + C**2)
+        np.testing.assert_allclose(moved["single"], want, rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(moved["half"], float), want, rtol=1e-2)
+        grad = jax.grad(lambda c: jnp.sum(minimum(c)["single"]))(c)
+        assert_dtype(grad, x64)
+        assert_close(grad, want, x64)
+
+
+class TestStepLimit:
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_the_derivative_is_that_of_a_minimum_there(self, steps: int, x64: bool):
+        def minimum(c: jax.Array) -> jax.Array:
+            return optimize(
+                lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ y,
+                jnp.zeros(2, c.dtype),
+                max_optimizer_steps=steps,
+                optimizer=optax.sgd(0.25),
+            )
+
+        c = point(x64)
+        y, got = jax.jit(lambda c: (minimum(c), jax.jacrev(minimum)(c)))(c)
+        assert np.max(np.abs(np.asarray(y) - np.arcsinh(C))) > 0.05
+        assert_close(got, np.diag(1 / np.cosh(np.asarray(y, float))), x64)
+
+    def test_an_early_stop_of_the_default_optimizer(self, x64: bool):
+        """The Hessian of a quadratic loss is the same everywhere."""
+        c = point(x64)
+        minimum = lambda c: optimize(  # noqa: E731
+            lambda y: y @ A @ y / 2 - c.astype(y.dtype) @ y,
+            jnp.full(2, 9.0, c.dtype),
+            max_optimizer_steps=1,
+        )
+        assert_close(jax.jit(jax.jacfwd(minimum))(c), np.linalg.inv(A), x64)
+
+
+class TestCompiledProgram:
+    @pytest.mark.parametrize("transformation", ["jit of grad", "hessian"])
+    def test_no_host_calls(self, transformation: str, x64: bool):
+        fn = jax.jit(DERIVATIVES[transformation](LOSSES["quadratic"].minimum))
+        text = fn.lower(point(x64)).compile().as_text()
+        assert text is not None
+        for word in ("callback", "infeed", "outfeed"):
+            assert word not in text
+
+
+def cubic(c: jax.Array) -> jax.Array:
+    """The `y` of `y**3 + y = c`."""
+
+    def loss(y: jax.Array) -> jax.Array:
+        return (y - c.astype(y.dtype)) ** 2 / 2 + y**4 / 4
+
+    return optimize(loss, jnp.zeros_like(c), gtol=1e-13)
+
+
+def root_of_cubic(c: jax.Array, p: float = 1.0) -> jax.Array:
+    """The `y` of `y**3 + p y = c`, by Cardano's formula."""
+    part = jnp.sqrt(c**2 / 4 + p**3 / 27)
+    return jnp.cbrt(c / 2 + part) + jnp.cbrt(c / 2 - part)
+
+
+def trajectory(y: Map) -> Map:
+    """Each step is a solve from where the last one has led."""
+    steps = jnp.array([1.0, 0.5, 0.25])
+
+    def step(x: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = y(x + s.astype(x.dtype))
+        return x, x
+
+    return lambda c: jnp.sum(jax.lax.scan(step, c, steps)[1])
+
+
+def bilevel(y: Map) -> Map:
+    """A solve whose loss contains a solve."""
+
+    def outer(c: jax.Array) -> jax.Array:
+        def loss(x: jax.Array) -> jax.Array:
+            return jnp.cosh(x - y(c.astype(x.dtype) + x / 4))
+
+        return optimize(loss, jnp.zeros_like(c), optimizer=PLAIN, gtol=1e-12)
+
+    return outer
+
+
+ORDERS: dict[str, Any] = {
+    "".join(name[3] for name in names): names
+    for names in [
+        *itertools.product(["jacfwd", "jacrev"], repeat=2),
+        ("jacrev", "jacrev", "jacrev"),
+        ("jacfwd", "jacrev", "jacfwd"),
+    ]
+}
+LOOPS: dict[str, Callable[[Map], Map]] = {
+    "map": lambda y: lambda c: jax.lax.map(y, c[None])[0],
+    "scan carry": lambda y: (
+        lambda c: jax.lax.scan(lambda x, _: (y(x), None), c, length=2)[0]
+    ),
+    "trajectory": trajectory,
+    "map of map": lambda y: (
+        lambda c: jax.lax.map(lambda row: jnp.sum(jax.lax.map(y, row)), c[None, None])[
+            0
+        ]
+    ),
+    "vmap of map": lambda y: (
+        lambda c: jax.vmap(lambda row: jax.lax.map(y, row))(c[None, None])[0, 0]
+    ),
+    "jit of checkpoint of map": lambda y: jax.jit(
+        jax.checkpoint(lambda c: jax.lax.map(jax.jit(y), c[None])[0])
+    ),
+    "cond in scan": lambda y: (
+        lambda c: jax.lax.scan(
+            lambda x, _: (jax.lax.cond(x > 0, y, jnp.sin, x), None), c, length=2
+        )[0]
+    ),
+    "solve in solve": bilevel,
+}
+
+
+class TestHigherOrders:
+    """Against closed forms; the solve in a solve is that of `x**3 + x = c + x / 4`."""
+
+    @pytest.mark.parametrize(
+        ("loop", "order"),
+        [
+            *((loop, list(ORDERS)[i % 4]) for i, loop in enumerate(LOOPS)),
+            *(("map", order) for order in ORDERS),
+            ("trajectory", "rrr"),
+        ],
+    )
+    def test_of_loops(self, loop: str, order: str):
+        def derivative(y: Map) -> Map:
+            for name in ORDERS[order]:
+                y = getattr(jax, name)(y)
+            return y
+
+        got = jax.jit(derivative(LOOPS[loop](cubic)))(point(False, 2.0))
+        plain = LOOPS[loop](root_of_cubic)
+        if loop == "solve in solve":
+            plain = functools.partial(root_of_cubic, p=0.75)
+        with jax.enable_x64():
+            want = derivative(plain)(jnp.asarray(2.0))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+    def test_a_tangent_that_is_a_number(self, x64: bool):
+        program = jax.jit(lambda c: jax.jvp(cubic, (c,), (1.0,))[1])
+        np.testing.assert_allclose(program(point(x64, 2.0)), 0.25, rtol=1e-6)
+
+    def test_jet_is_refused(self):
+        with pytest.raises(NotImplementedError, match=r"jax\.experimental\.jet"):
+            jet(cubic, (2.0,), ((1.0, 0.0),))
