@@ -1,6 +1,6 @@
 """How often a solve says that it has converged where it has not: never, is the claim.
 
-    python -m benchmarks.statuses
+    python -m benchmarks.statuses [--cutest]
 
 A thousand fits (exponentials, peaks, growth curves, likelihoods, steep and flat losses;
 random data, starts and units), each with `rtol` and with `gtol`, by the default and by
@@ -14,9 +14,11 @@ nothing of the tests in the solver. It is right if
 * it is on a plateau: by gradient and Hessian, no change of the parameters by as much as
   their size brings the loss down by more than 100 `rtol` either.
 
-Else it is false.
+Else it is false. With `--cutest` the same is asked of the unconstrained problems of
+CUTEst with up to 50 variables.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from optimistix import RESULTS
 
-from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER
+from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER, solve
 from jaxmf_opt.sweeps import sweep
+
+from .common import progress
+from .problems import Problem, unconstrained_cutest
 
 LANES, POINTS = 100, 30
 RTOL, GTOL = 1e-6, 1e-6
@@ -164,16 +169,93 @@ def judge(
     first = jax.jit(jax.vmap(loss))(start, data)
     curvatures = jax.jit(
         jax.vmap(lambda *x: jnp.linalg.eigvalsh(jax.hessian(loss)(*x)))
+    )(solution.value, data)
+    right = _is_right(
+        *map(np.asarray, (solution.value, end, slope, curvatures)),
+        least=np.asarray(further.loss),
+        first=np.asarray(first),
+        gtol=tolerance.get("gtol", 0.0),
     )
-    least = np.fmin(np.asarray(further.loss), end)
+    return Verdict(successful, successful & ~right)
+
+
+def _is_right(
+    y: np.ndarray,
+    end: np.ndarray,
+    slope: np.ndarray,
+    curvatures: np.ndarray,
+    *,
+    least: np.ndarray,
+    first: np.ndarray,
+    gtol: float,
+) -> np.ndarray:
+    """Whether ends are minima, as said above; axis 0 is that of the problems."""
+    least = np.fmin(least, end)
     allowed = 100 * RTOL * np.maximum(np.abs(least), np.minimum(np.abs(first), 1.0))
-    downwards = np.maximum(-np.min(curvatures(solution.value, data), axis=1), 0.0)
-    size = np.linalg.norm(solution.value, axis=1)
+    downwards = np.maximum(-np.min(curvatures, axis=1), 0.0)
+    size = np.linalg.norm(y, axis=1)
     within = np.linalg.norm(slope, axis=1) * size + downwards * size**2 / 2
     plateau = within <= np.maximum(100 * RTOL * np.abs(end), allowed)
-    is_gtol_met = np.max(np.abs(slope), axis=1) <= tolerance.get("gtol", 0)
-    right = (end - least <= allowed) | plateau | is_gtol_met
-    return Verdict(successful, successful & ~right)
+    is_gtol_met = np.max(np.abs(slope), axis=1) <= gtol
+    return (end - least <= allowed) | plateau | is_gtol_met
+
+
+def judge_cutest(problem: Problem) -> list[Verdict]:
+    """The same of one problem: by each optimizer, with `rtol` and with `gtol`."""
+
+    def loss(y: Any) -> Any:
+        return problem.loss(y, problem.hyperparam)
+
+    @jax.jit
+    def least(y: Any) -> Any:
+        steps = {"max_optimizer_steps": 3000}
+        further = solve(loss, y, optimizer=ROBUST_OPTIMIZER, **steps)
+        return further.stats["loss"]
+
+    @jax.jit
+    def look(y: Any) -> tuple[Any, Any, Any, Any]:
+        curvatures = jnp.linalg.eigvalsh(jax.hessian(loss)(y))
+        return y, *jax.value_and_grad(loss)(y), curvatures
+
+    verdicts = []
+    for optimizer in OPTIMIZERS.values():
+
+        @jax.jit
+        def end(rtol: Any, gtol: Any, optimizer: Any = optimizer) -> Any:
+            options = {"rtol": rtol, "gtol": gtol, "max_optimizer_steps": 500}
+            ended = solve(loss, problem.start, optimizer=optimizer, **options)
+            return ended.value, ended.result == RESULTS.successful
+
+        for rtol, gtol in ((RTOL, 0.0), (0.0, GTOL)):
+            y, successful = end(rtol, gtol)
+            successful = np.asarray(successful)[None]
+            right = np.array([True])
+            if successful[0]:
+                right = _is_right(
+                    *(np.asarray(x)[None] for x in look(y)),
+                    least=np.asarray(least(y))[None],
+                    first=np.asarray(loss(problem.start))[None],
+                    gtol=gtol,
+                )
+            verdicts.append(Verdict(successful, successful & ~right))
+    return verdicts
+
+
+def cutest() -> None:
+    every = list(unconstrained_cutest(50))
+    ways = [(o, t) for o in OPTIMIZERS for t in ("rtol", "gtol")]
+    successful, false = np.zeros(len(ways), int), np.zeros(len(ways), int)
+    for problem in progress(every, "problem", lambda p: p.name):
+        verdicts = judge_cutest(problem)
+        successful += [int(v.successful[0]) for v in verdicts]
+        false += [int(v.false[0]) for v in verdicts]
+        for (optimizer, tolerance), verdict in zip(ways, verdicts, strict=True):
+            if verdict.false[0]:
+                print(f"FALSE: {problem.name}, {optimizer}, {tolerance}", flush=True)
+        jax.clear_caches()
+    for (optimizer, tolerance), *numbers in zip(ways, successful, false, strict=True):
+        print(f"{optimizer:8} {tolerance:5} {numbers[0]:4} of {len(every)} successful,")
+        print(f"{'':14} {numbers[1]:4} of them falsely", flush=True)
 
 
 def main() -> None:
@@ -196,4 +278,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--cutest"]:
+        jax.config.update("jax_enable_x64", True)
+        cutest()
+    else:
+        main()
