@@ -20,7 +20,7 @@ from ._solver.minimiser import Tolerance
 from ._solver.objective import trace
 from ._solver.optimizers import DEFAULT_OPTIMIZER, closed_over
 from ._solver.recipe import Recipe, Tolerances, compiled
-from ._solver.resume import going_on, is_of_problem, start
+from ._solver.resume import matches_problem, resume_state, start
 from ._solver.solution import Solution, statuses, throw_failure
 from ._solver.state import SolverState
 from ._solver.stepwise import solve_stepwise
@@ -36,7 +36,7 @@ from ._validation import (
     check_steps,
     check_tolerance,
 )
-from .callbacks._args import CallbackFnType, no_callback, parts, traced
+from .callbacks._args import CallbackFnType, flatten_callbacks, no_callback, traced
 
 
 def solve(
@@ -179,20 +179,20 @@ def minimise(
             of_state = functools.partial(start, optimizer, tests=tests)
             return jax.eval_shape(of_state, structs)
 
-    callbacks = parts(callback)
+    callbacks = flatten_callbacks(callback)
     first = None
     if state is not None:
         first = check_state(state, state_structs(), state_structs(not tests))
         with inside_region(), no_alarms():
-            first = going_on(first, optimizer, tests=tests, is_seen=bool(callbacks))
+            first = resume_state(first, optimizer, tests=tests, is_seen=bool(callbacks))
     arrays = (params, captured, tolerances, closed_over(optimizer), first)
     in_program = is_traced(arrays)
     of_program = [isinstance(c, traced) for c in callbacks]
-    watcher, watched = None, []
+    compiled_callbacks, callback_consts = None, []
     if any(of_program) or (callbacks and in_program):
-        watcher, watched = watch(callback, state_structs())
+        compiled_callbacks, callback_consts = watch(callback, state_structs())
     # What traced callbacks close over may be traced, too.
-    in_program = in_program or is_traced(watched)
+    in_program = in_program or is_traced(callback_consts)
     stepwise = not (in_program or all(of_program))
     recipe = Recipe(
         objective.program,
@@ -202,20 +202,22 @@ def minimise(
         jnp.result_type(float),
         tests=tests,
         history=max_steps if history else None,
-        watch=None if stepwise else watcher,
+        watch=None if stepwise else compiled_callbacks,
     )
     if first is not None and not in_program:
         with jax.enable_x64():
             _check_problem(recipe, captured, first)
     operands = (params, captured, max_steps, tolerances)
     if in_program or not (stepwise or recipe.cacheable):
-        solution = solve_in_program(recipe, *operands, linear_solver, watched, first)
+        solution = solve_in_program(
+            recipe, *operands, linear_solver, callback_consts, first
+        )
     else:
         if stepwise:
             solution = solve_stepwise(recipe, *operands, callback, first)
         else:
             with jax.enable_x64():
-                solution = compiled(recipe).solve(*operands, watched, first)
+                solution = compiled(recipe).solve(*operands, callback_consts, first)
         if not only_value:
             solution = _judged(recipe, captured, solution)
     if alarms() and not is_traced(solution):
@@ -241,7 +243,7 @@ def _check_problem(recipe: Recipe, captured: Sequence[Array], state: Any) -> Non
     loss = compiled(recipe).loss if recipe.cacheable else jax.jit(recipe.loss)
     last = state.minimiser.last_finite
     there = loss(last.params, captured)
-    if not is_of_problem(state, there):
+    if not matches_problem(state, there):
         raise ValueError(
             "`state` must be that of a solve of the same problem; its last loss is "
             f"{float(last.loss):.12g}, and `loss_fn` is {float(there):.12g} at the "

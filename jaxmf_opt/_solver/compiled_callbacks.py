@@ -21,13 +21,20 @@ from .._jax.host_runs import Listener
 from .._jax.structure import Structure
 from .._jax.x64 import hoist, inside_region, struct
 from .._typing import Aux, Y
-from ..callbacks._args import CallbackArgs, CallbackFnType, Lane, combine, parts, traced
+from ..callbacks._args import (
+    CallbackArgs,
+    CallbackFnType,
+    Lane,
+    combine,
+    flatten_callbacks,
+    traced,
+)
 from .minimiser import Tolerance
 from .state import MinimiserState, SolverState
 from .stationarity import StoppingMinimiser
 
 
-def info_after(state: SolverState, step: Any) -> CallbackArgs:
+def callback_args(state: SolverState, step: Any) -> CallbackArgs:
     """What a callback is told when a step has led to this state.
 
     Args:
@@ -70,10 +77,10 @@ class HostCallbacks:
             index: tuple[int, ...], leaves: Sequence[np.ndarray | np.generic]
         ) -> bool:
             state: SolverState = jax.tree.unflatten(self.treedef, leaves)
-            info = info_after(state, int(state.minimiser.step) - 1)
+            info = callback_args(state, int(state.minimiser.step) - 1)
             lane = lanes.setdefault(index, Lane(index))
             with jax.enable_x64():  # a setting of each thread
-                return callback(info.told_by(lane, lambda: state))
+                return callback(info.bind(lane, lambda: state))
 
         return listener
 
@@ -84,7 +91,7 @@ def _identity(callback: CallbackFnType) -> Hashable:
     return id(callback)
 
 
-class Watch(NamedTuple):
+class CompiledCallbacks(NamedTuple):
     """Callbacks as a part of a compiled solve. Hashable.
 
     Attributes:
@@ -104,7 +111,7 @@ class Watch(NamedTuple):
         active: Bool[Array, ""],
     ) -> Bool[Array, ""]:
         """Whether to stop after the step that led to this state."""
-        info = info_after(state, state.minimiser.step - 1)
+        info = callback_args(state, state.minimiser.step - 1)
         leaves, stop, rest = jax.tree.leaves(info), jnp.array(False), list(captured)
         for program, count in self.programs:
             mine, rest = rest[:count], rest[count:]
@@ -124,7 +131,9 @@ class Watch(NamedTuple):
         return stop
 
 
-def watch(callback: CallbackFnType, state: SolverState) -> tuple[Watch, list[Array]]:
+def watch(
+    callback: CallbackFnType, state: SolverState
+) -> tuple[CompiledCallbacks, list[Array]]:
     """Makes a callback ready to be compiled.
 
     Args:
@@ -138,11 +147,11 @@ def watch(callback: CallbackFnType, state: SolverState) -> tuple[Watch, list[Arr
       TypeError: If a traced callback returns what is no boolean.
       ValueError: If it returns an array that is no scalar.
     """
-    callbacks = parts(callback)
+    callbacks = flatten_callbacks(callback)
     programs: list[tuple[Structure, int]] = []
     captured: list[Array] = []
     with inside_region():
-        info = info_after(state, state.minimiser.step)
+        info = callback_args(state, state.minimiser.step)
         leaves, treedef = jax.tree.flatten(info)
         for fn in callbacks:
             if isinstance(fn, traced):
@@ -152,7 +161,7 @@ def watch(callback: CallbackFnType, state: SolverState) -> tuple[Watch, list[Arr
                 captured += consts
     on_host = [fn for fn in callbacks if not isinstance(fn, traced)]
     host = HostCallbacks(on_host, jax.tree.structure(state)) if on_host else None
-    return Watch(tuple(programs), host), captured
+    return CompiledCallbacks(tuple(programs), host), captured
 
 
 def _checked(fn: traced, treedef: Any) -> Callable[..., Bool[Array, ""]]:
@@ -178,10 +187,10 @@ def _checked(fn: traced, treedef: Any) -> Callable[..., Bool[Array, ""]]:
     return stop
 
 
-class WatchedMinimiser(StoppingMinimiser[Y, Aux]):
+class MinimiserWithCallbacks(StoppingMinimiser[Y, Aux]):
     """A minimiser that tells a callback of each step, and stops when it says so."""
 
-    watch: Watch = eqx.field(static=True)
+    watch: CompiledCallbacks = eqx.field(static=True)
     run: Int[Array, ""] | None
     captured: Sequence[Array]
 
@@ -189,7 +198,7 @@ class WatchedMinimiser(StoppingMinimiser[Y, Aux]):
         self,
         optim: optax.GradientTransformation,
         tolerances: tuple[Tolerance, Tolerance, Tolerance],
-        watch: Watch,
+        watch: CompiledCallbacks,
         captured: Sequence[Array],
         *,
         stops: bool,

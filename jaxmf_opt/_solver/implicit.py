@@ -40,7 +40,7 @@ def solve_in_program(
     max_steps: int | Int[Array, ""],
     tolerances: Tolerances,
     linear_solver: lx.AbstractLinearSolver | None,
-    watched: Sequence[Array] = (),
+    callback_consts: Sequence[Array] = (),
     start: SolverState | None = None,
 ) -> Solution:
     """A solve as part of a larger program, of whatever precision.
@@ -56,7 +56,7 @@ def solve_in_program(
       max_steps: The limit of steps.
       tolerances: When to stop before it.
       linear_solver: For the linear system of the derivative; None chooses by size.
-      watched: What traced callbacks close over.
+      callback_consts: What traced callbacks close over.
       start: Where to go on, instead of at `params`.
 
     Returns:
@@ -65,15 +65,15 @@ def solve_in_program(
 
     def run(params: PyTree, captured: Any, limits: Any, start: Any) -> Solution:
         if start is not None:
-            start = recipe.of_this_problem(start, captured)
-        max_steps, tolerances, watched = limits
+            start = recipe.nan_unless_matching(start, captured)
+        max_steps, tolerances, callback_consts = limits
         return recipe.solve_in_float64(
-            params, captured, max_steps, tolerances, watched, start
+            params, captured, max_steps, tolerances, callback_consts, start
         )
 
     # What else `run` closes over, the learning rate of an optimizer for example, does
     # not move the minimum.
-    limits = (max_steps, tolerances, list(watched))
+    limits = (max_steps, tolerances, list(callback_consts))
     rule = _TangentOfSolve(recipe.program, linear_solver)
     solution = x64_region(run, params, list(captured), limits, start, tangent=rule)
     value = x64_region(recipe.in_dtypes, solution.value)

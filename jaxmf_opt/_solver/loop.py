@@ -1,4 +1,4 @@
-"""The loop of a solve: optimistix's, which can be interrupted and watched."""
+"""The loop of a solve: optimistix's, which can be interrupted, and calls back."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

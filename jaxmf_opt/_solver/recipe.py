@@ -20,7 +20,7 @@ from .._jax.debugging import alarms, guarded, undisturbed
 from .._jax.lapack import compile_one_by_one, uses_lapack
 from .._jax.structure import CACHE_SIZE
 from .._jax.varying import on_mesh
-from .compiled_callbacks import Watch, WatchedMinimiser
+from .compiled_callbacks import CompiledCallbacks, MinimiserWithCallbacks
 from .loop import Loop, Pause
 from .minimiser import (
     LeanOptaxMinimiser,
@@ -29,7 +29,7 @@ from .minimiser import (
 )
 from .objective import Program
 from .optimizers import optimizer_key
-from .resume import as_float64, is_of_problem, recording, start
+from .resume import as_float64, matches_problem, start, with_history_buffer
 from .solution import Solution
 from .state import Evaluations, History, MinimiserState, Movement, SolverState
 from .stationarity import StoppingMinimiser, stalled_at_minimum
@@ -54,8 +54,8 @@ class Tolerances(NamedTuple):
         return all(not isinstance(t, jax.Array) and t == 0 for t in self)
 
 
-class Told(NamedTuple):
-    """What is told of a step, beside the point and the optimizer's state.
+class StepOutput(NamedTuple):
+    """What a step returns, beside the point and the optimizer's state.
 
     Attributes:
       loss: The loss where the step started.
@@ -96,7 +96,7 @@ class Recipe:
         *,
         tests: bool,
         history: int | None = None,
-        watch: Watch | None = None,
+        watch: CompiledCallbacks | None = None,
     ):
         """Puts the parts together.
 
@@ -108,7 +108,7 @@ class Recipe:
           float_dtype: The dtype that losses and norms get in the end.
           tests: Whether the tolerances are looked at.
           history: How many steps to record, if any.
-          watch: Who is told of each step of a whole solve.
+          watch: The callbacks of a whole solve.
         """
         self.program = program
         self.optimizer = optimizer
@@ -152,7 +152,7 @@ class Recipe:
         captured: Sequence[Array],
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
-        watched: Sequence[Array] = (),
+        callback_consts: Sequence[Array] = (),
         start: SolverState | None = None,
     ) -> Solution:
         """The whole solve. To be called, or traced, with 64-bit types.
@@ -162,13 +162,15 @@ class Recipe:
           captured: What the loss closes over.
           max_steps: The limit of steps.
           tolerances: When to stop before it.
-          watched: What traced callbacks close over.
+          callback_consts: What traced callbacks close over.
           start: Where to go on, instead of at `params`.
 
         Returns:
           The solution.
         """
-        solution = self._solve(params, captured, max_steps, tolerances, watched, start)
+        solution = self._solve(
+            params, captured, max_steps, tolerances, callback_consts, start
+        )
         return self.judge_stall(solution, captured)
 
     def _solve(
@@ -177,7 +179,7 @@ class Recipe:
         captured: Sequence[Array],
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
-        watched: Sequence[Array] = (),
+        callback_consts: Sequence[Array] = (),
         start: SolverState | None = None,
     ) -> Solution:
         params, captured, start = on_mesh((params, captured, start))
@@ -185,13 +187,13 @@ class Recipe:
         if start is None:
             y, begin = params, None
         else:
-            y, begin = recording(start, self._history)
+            y, begin = with_history_buffer(start, self._history)
         minimiser, solution = self._minimise(
-            as_float64(y), begin, captured, limit, tolerances, watched
+            as_float64(y), begin, captured, limit, tolerances, callback_consts
         )
-        end = _pinned(solution.value, solution.state)
+        end = keep_state_alive(solution.value, solution.state)
         whole = self.finish(end, limit)
-        if isinstance(minimiser, WatchedMinimiser):
+        if isinstance(minimiser, MinimiserWithCallbacks):
             return minimiser.closed(whole, solution.state)
         return whole
 
@@ -201,7 +203,7 @@ class Recipe:
         captured: Sequence[Array],
         max_steps: Int[Array, ""] | int,
         tolerances: Tolerances,
-        watched: Sequence[Array],
+        callback_consts: Sequence[Array],
         pause: Pause,
     ) -> tuple[Solution, SolverState, Bool[Array, ""]]:
         """A part of a solve: some of the steps that the whole would take, to the bit.
@@ -211,7 +213,7 @@ class Recipe:
           captured: What the loss closes over.
           max_steps: The limit of steps of the whole solve.
           tolerances: When to stop before it.
-          watched: What traced callbacks close over; nobody may watch from the host.
+          callback_consts: What traced callbacks close over; none may be on the host.
           pause: When to interrupt it.
 
         Returns:
@@ -219,13 +221,15 @@ class Recipe:
           with what has been recorded; and whether there is anything left to do.
         """
         limit = jnp.asarray(max_steps)
-        _, of = self._minimise(*state, captured, limit, tolerances, watched, pause)
+        _, of = self._minimise(
+            *state, captured, limit, tolerances, callback_consts, pause
+        )
         end = SolverState(of.value, of.state)
         # (optimistix says so of a loop that somebody else has ended.)
         running = of.result == RESULTS.nonlinear_max_steps_reached
         if self._watch is not None:
             running = ~end.minimiser.ended
-        solution = self._cast(self.finish(_pinned(*end), limit))
+        solution = self._cast(self.finish(keep_state_alive(*end), limit))
         return self.judge_stall(solution, captured), end, running
 
     def _minimise(
@@ -235,7 +239,7 @@ class Recipe:
         captured: Sequence[Array],
         limit: Int[Array, ""],
         tolerances: Tolerances,
-        watched: Sequence[Array],
+        callback_consts: Sequence[Array],
         pause: Pause | None = None,
     ) -> tuple[LeanOptaxMinimiser, optx.Solution]:
         """The loop itself."""
@@ -243,8 +247,12 @@ class Recipe:
         if self._watch is None:
             minimiser = StoppingMinimiser(self.optimizer, tolerances)
         else:
-            minimiser = WatchedMinimiser(
-                self.optimizer, tolerances, self._watch, watched, stops=self._tests
+            minimiser = MinimiserWithCallbacks(
+                self.optimizer,
+                tolerances,
+                self._watch,
+                callback_consts,
+                stops=self._tests,
             )
         options: dict[str, Any] = {"limit": limit, "history": self._history}
         if state is not None:
@@ -261,12 +269,12 @@ class Recipe:
         )
         return minimiser, solution
 
-    def of_this_problem(
+    def nan_unless_matching(
         self, state: SolverState, captured: Sequence[Array]
     ) -> SolverState:
         """The state; with points of NaN if it is that of another problem."""
         last = state.minimiser.last_finite
-        is_mine = is_of_problem(state, self.program.loss(last.params, captured))
+        is_mine = matches_problem(state, self.program.loss(last.params, captured))
 
         def mine(x: Array) -> Array:
             return jnp.where(is_mine, x, jnp.nan)
@@ -298,7 +306,7 @@ class Recipe:
         return eqx.tree_at(lambda s: s.result, solution, result)
 
     def finish(self, end: SolverState, limit: Int[Array, ""]) -> Solution:
-        """What is told of a run, but for `judge_stall`.
+        """The solution of a run, but for `judge_stall`.
 
         Args:
           end: Where it has ended, with what has been recorded.
@@ -349,17 +357,17 @@ class Recipe:
         self,
         y: PyTree,
         opt_state: PyTree,
-        tally: Int[Array, "3"],
+        counters: Int[Array, "3"],
         before: tuple[Movement, Float[Array, ""]] | None,
         captured: Sequence[Array],
         tolerances: Tolerances | None,
-    ) -> tuple[PyTree, PyTree, Int[Array, "3"], Told]:
+    ) -> tuple[PyTree, PyTree, Int[Array, "3"], StepOutput]:
         """One step, of no more arrays than it takes: each of them costs at a call.
 
         Args:
           y: The point.
           opt_state: The state of the optax transformation.
-          tally: How many steps may be taken (0: `y` is evaluated and not moved), and
+          counters: How many steps may be taken (0: `y` is evaluated and not moved), and
             how often loss and gradient have been computed.
           before: The last step, and the loss where the solve started; None if no
             tolerances are looked at.
@@ -367,7 +375,7 @@ class Recipe:
           tolerances: When to stop, or None.
 
         Returns:
-          The new `y`, `opt_state` and `tally`, and what else is told.
+          The new `y`, `opt_state` and `counters`, and what else a step returns.
         """
         state = self.start(y).minimiser
         of_last: Any = before or (None, state.first_loss)
@@ -381,7 +389,7 @@ class Recipe:
             s.movement,
             s.first_loss,
         )
-        new_parts = (opt_state, Evaluations(*tally[1:]), row, *of_last)
+        new_parts = (opt_state, Evaluations(*counters[1:]), row, *of_last)
         state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
         limits = self._tolerances(tolerances or Tolerances())
         minimiser = StoppingMinimiser(self.optimizer, limits, stops=self._tests)
@@ -389,14 +397,16 @@ class Recipe:
             lambda y, captured: (self.program.loss(y, captured), None),
             y,
             captured,
-            {"limit": tally[0]},
+            {"limit": counters[0]},
             state,
             frozenset(),
         )
-        tally = jnp.stack([tally[0] - state.step, *state.evaluations])
+        counters = jnp.stack([counters[0] - state.step, *state.evaluations])
         ways = (state.converged, state.stalled) if self._tests else (None, None)
-        told = Told(state.loss, state.grad, state.movement, *ways, state.history)
-        return y, state.opt_state, tally, told
+        output = StepOutput(
+            state.loss, state.grad, state.movement, *ways, state.history
+        )
+        return y, state.opt_state, counters, output
 
     def value_and_finish(
         self, end: SolverState, limit: Int[Array, ""] | int
@@ -429,7 +439,7 @@ class Compiled(NamedTuple):
 
     solve: Callable[..., Solution]
     start: Callable[..., SolverState]
-    step: Callable[..., tuple[PyTree, PyTree, Array, Told]]
+    step: Callable[..., tuple[PyTree, PyTree, Array, StepOutput]]
     value_and_finish: Callable[..., Solution]
     judge_stall: Callable[..., Solution]
     loss: Callable[..., Array]
@@ -451,7 +461,7 @@ def _compiled(recipe: Recipe) -> Compiled:
     return Compiled(*(compile_(getattr(recipe, name)) for name in Compiled._fields))
 
 
-def _pinned(y: PyTree, state: MinimiserState) -> SolverState:
+def keep_state_alive(y: PyTree, state: MinimiserState) -> SolverState:
     """Both, in a way that keeps all of `state` in a program that uses the result.
 
     XLA drops from a loop what its caller does not use, and then fuses and rounds the

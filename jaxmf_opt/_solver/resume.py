@@ -33,13 +33,13 @@ def start(
     return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
 
 
-def recording(state: SolverState, history: int | None) -> SolverState:
+def with_history_buffer(state: SolverState, history: int | None) -> SolverState:
     """The state, to record as many steps as `history` says, with none recorded yet."""
     table = None if history is None else History.of_no_steps(history)
     return SolverState(state.params, state.minimiser.with_history(table))
 
 
-def going_on(
+def resume_state(
     state: SolverState,
     optimizer: optax.GradientTransformation,
     *,
@@ -84,7 +84,7 @@ def going_on(
     return SolverState(state.params, minimiser)
 
 
-def is_of_problem(state: SolverState, loss: Float[Array, ""]) -> Bool[Array, ""]:
+def matches_problem(state: SolverState, loss: Float[Array, ""]) -> Bool[Array, ""]:
     """Whether a state is that of a problem.
 
     Args:

@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 from .._jax.debugging import alarms, no_alarms, own_transfers, raise_alarm
 from .._jax.x64 import jax_enable_x64
 from ..callbacks._args import CallbackArgs, CallbackFnType, Lane, asks_to_stop
-from .recipe import Recipe, Told, Tolerances, compiled
+from .recipe import Recipe, StepOutput, Tolerances, compiled
 from .solution import Solution
 from .state import Evaluated, Evaluations, History, Movement, SolverState
 
@@ -56,7 +56,7 @@ def solve_stepwise(
     y, of = begin.params, begin.minimiser
     opt_state = of.opt_state
     with own_transfers():
-        tally = jnp.stack([jnp.asarray(max_steps - int(of.step)), *of.evaluations])
+        counters = jnp.stack([jnp.asarray(max_steps - int(of.step)), *of.evaluations])
         before: tuple[Movement, Array] | None = None
         limits = None
         if not tolerances.off:
@@ -65,37 +65,39 @@ def solve_stepwise(
     record = _Record(begin)
     rows: list[History] = []
     is_alarmed = alarms()
-    lane, step, unseen = Lane(), program.step, record.unseen
-    steps, told, interrupted, has_stalled = int(of.step), None, False, False
+    lane, step, pending = Lane(), program.step, record.pending
+    steps, output, interrupted, has_stalled = int(of.step), None, False, False
     while steps < max_steps and not interrupted:
         at = y
-        y, opt_state, tally, told = step(at, opt_state, tally, before, captured, limits)
+        y, opt_state, counters, output = step(
+            at, opt_state, counters, before, captured, limits
+        )
         if is_alarmed:
-            raise_alarm(recipe.loss, at, captured, (told.loss, told.grad))
-        unseen.append((at, told))
-        if len(unseen) >= record.patience:
+            raise_alarm(recipe.loss, at, captured, (output.loss, output.grad))
+        pending.append((at, output))
+        if len(pending) >= record.check_every:
             record.look()
         if limits is not None:
-            if told.converged:
+            if output.converged:
                 break
-            has_stalled = bool(told.stalled)
-            first = before[1] if before and steps else told.loss
-            before = (cast(Movement, told.movement), first)
+            has_stalled = bool(output.stalled)
+            first = before[1] if before and steps else output.loss
+            before = (cast(Movement, output.movement), first)
         steps += 1
-        if told.row is not None:
-            rows.append(told.row)
-        info = CallbackArgs(steps - 1, told.loss, told.grad, y, opt_state)
-        info.told_by(lane, record.state_after, steps, at, y, opt_state, tally, told)
+        if output.row is not None:
+            rows.append(output.row)
+        info = CallbackArgs(steps - 1, output.loss, output.grad, y, opt_state)
+        info.bind(lane, record.state_after, steps, at, y, opt_state, counters, output)
         interrupted = asks_to_stop(callback(info))
         if has_stalled:
             break
     else:
         with own_transfers():
-            tally = tally.at[0].set(0)
-        _, _, tally, told = step(y, opt_state, tally, before, captured, limits)
-        unseen.append((y, told))
-    end = record.state_after(steps, y, y, opt_state, tally, told)
-    converged = told.converged is not None and bool(told.converged)
+            counters = counters.at[0].set(0)
+        _, _, counters, output = step(y, opt_state, counters, before, captured, limits)
+        pending.append((y, output))
+    end = record.state_after(steps, y, y, opt_state, counters, output)
+    converged = output.converged is not None and bool(output.converged)
     flags = (converged, has_stalled, interrupted, True)
     with own_transfers(), no_alarms():
         end = eqx.tree_at(
@@ -106,7 +108,7 @@ def solve_stepwise(
             end,
             tuple(map(jnp.asarray, flags)),
         )
-        if told.row is not None:
+        if output.row is not None:
             table = _table(rows, int(of.step), max_steps)
             end = SolverState(y, end.minimiser.with_history(table))
     return program.value_and_finish(end, max_steps)
@@ -116,9 +118,9 @@ class _Record:
     """What is remembered of the steps, and the whole state made of it.
 
     Attributes:
-      unseen: Evaluated points at which nobody has looked yet. To look at one waits for
+      pending: Evaluated points at which nobody has looked yet. To look at one waits for
         it and costs as much as a small step, so it is done for several at a time.
-      patience: For how many.
+      check_every: For how many.
     """
 
     def __init__(self, begin: SolverState):
@@ -127,19 +129,19 @@ class _Record:
         if int(begin.minimiser.step):
             self._first_loss = begin.minimiser.first_loss
         self._last_finite = begin.minimiser.last_finite
-        self.unseen: list[tuple[PyTree, Told]] = []
+        self.pending: list[tuple[PyTree, StepOutput]] = []
         size = sum(x.size for x in jax.tree.leaves(begin.params))
-        self.patience = 16 if size <= _SMALL else 1
+        self.check_every = 16 if size <= _SMALL else 1
 
     def look(self) -> None:
         """Finds the last finite point."""
-        for y, told in reversed(self.unseen):
-            if found := _if_finite(y, told):
+        for y, output in reversed(self.pending):
+            if found := _if_finite(y, output):
                 self._last_finite = found
                 break
         if self._first_loss is None:
-            self._first_loss = self.unseen[0][1].loss
-        self.unseen.clear()
+            self._first_loss = self.pending[0][1].loss
+        self.pending.clear()
 
     def state_after(
         self,
@@ -147,8 +149,8 @@ class _Record:
         at: PyTree,
         y: PyTree,
         opt_state: PyTree,
-        tally: Array,
-        told: Told,
+        counters: Array,
+        output: StepOutput,
     ) -> SolverState:
         """The whole state after a number of steps, whenever it is asked for.
 
@@ -157,27 +159,27 @@ class _Record:
           at: The point that was evaluated last.
           y: The point that it led to.
           opt_state: The state of the optax transformation.
-          tally: The counts.
-          told: What was told of the step.
+          counters: The counts.
+          output: What the step has returned.
 
         Returns:
           The state.
         """
         # (A callback may ask for the state in whatever setting.)
         with jax.enable_x64(), own_transfers():
-            if self.unseen:
+            if self.pending:
                 self.look()
-            last_finite = _if_finite(at, told) or self._last_finite
+            last_finite = _if_finite(at, output) or self._last_finite
             old = self._begin.minimiser
             parts: dict[str, Any] = {
                 "step": jnp.asarray(steps, old.step.dtype),
-                "loss": told.loss,
-                "grad": told.grad,
-                "movement": told.movement,
+                "loss": output.loss,
+                "grad": output.grad,
+                "movement": output.movement,
                 "opt_state": opt_state,
                 "first_loss": self._first_loss,
                 "last_finite": last_finite,
-                "evaluations": Evaluations(tally[1], tally[2]),
+                "evaluations": Evaluations(counters[1], counters[2]),
             }
             return SolverState(
                 y,
@@ -190,11 +192,11 @@ class _Record:
             )
 
 
-def _if_finite(y: PyTree, told: Told) -> Evaluated | None:
+def _if_finite(y: PyTree, output: StepOutput) -> Evaluated | None:
     leaves = map(np.asarray, jax.tree.leaves(y))
-    if not (math.isfinite(told.loss) and all(np.isfinite(x).all() for x in leaves)):
+    if not (math.isfinite(output.loss) and all(np.isfinite(x).all() for x in leaves)):
         return None
-    return Evaluated(y, told.loss, optx.max_norm(told.grad))
+    return Evaluated(y, output.loss, optx.max_norm(output.grad))
 
 
 def _table(rows: Sequence[History], first: int, length: int) -> History:

@@ -109,7 +109,7 @@ class CallbackArgs:
             setattr(self, field.name, child)
         return self
 
-    def told_by(
+    def bind(
         self, lane: Lane, make_state: Callable[..., PyTree], *args: Any
     ) -> "CallbackArgs":
         """Returns this, with its lane and with what makes the whole state set."""
@@ -234,8 +234,8 @@ def asks_to_stop(answer: Any) -> bool:
     return bool(answer)
 
 
-def parts(callback: CallbackFnType) -> list[CallbackFnType]:
+def flatten_callbacks(callback: CallbackFnType) -> list[CallbackFnType]:
     """The callbacks that a callback is combined of, without those that do nothing."""
     if isinstance(callback, combine):
-        return [part for c in callback.callbacks for part in parts(c)]
+        return [part for c in callback.callbacks for part in flatten_callbacks(c)]
     return [] if callback is no_callback else [callback]

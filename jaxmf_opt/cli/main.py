@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from .._files import locked, write_npz
-from ..sweeps._journal import remove_records
+from ..sweeps._checkpoints import remove_records
 from .job import FAMILIES, Outcome, SetUp, run
 
 _DESCRIPTION = """\

@@ -14,9 +14,9 @@ from jaxtyping import Int, PyTree
 from .._jax.keys import as_key, data_struct
 from .._solver.solution import Solution
 from .._solver.state import SolverState
-from ._crew import Crew, Outcome
-from ._journal import Journal, Layout
-from ._meter import Meter
+from ._checkpoints import CheckpointStore, Layout
+from ._progress import ProgressBar
+from ._runner import BatchRunner, Outcome
 from ._schedule import Block, blocks, merge, split
 from ._width import narrower_widths
 
@@ -40,21 +40,21 @@ class SweepInterrupted(KeyboardInterrupt):
 
 
 def solve_lanes(
-    crew: Crew,
+    runner: BatchRunner,
     count: int,
     layout: Layout,
-    journal: Journal | None,
-    meter: Meter,
+    store: CheckpointStore | None,
+    progress_bar: ProgressBar,
     keep_states: bool,
 ) -> Solution:
     """Solves all lanes of this process.
 
     Args:
-      crew: Who solves them.
+      runner: Who solves them.
       count: How many there are.
       layout: How they are put into batches.
-      journal: Where to keep what comes out, and where some of it may be already.
-      meter: To be told of it.
+      store: Where to keep what comes out, and where some of it may be already.
+      progress_bar: To be told of it.
       keep_states: Whether the solution has the states.
 
     Returns:
@@ -71,10 +71,10 @@ def solve_lanes(
             whole = blocks(generation, remaining, widths, layout.devices)
             plan = list(split(whole, layout.devices))
             left: dict[str, tuple[Any, SolverState]] = {}
-            each = _outcomes(plan, states, crew, journal, keep_states)
+            each = _outcomes(plan, states, runner, store, keep_states)
             with contextlib.closing(each):  # so that an exception here ends it
                 for block, outcome in each:
-                    meter.add(outcome.solution, ~outcome.running)
+                    progress_bar.add(outcome.solution, ~outcome.running)
                     left[block.name] = table.put(block.lanes, outcome)
             lanes, rows = zip(*(left[block.name] for block in plan), strict=True)
             remaining = np.concatenate(lanes)
@@ -83,12 +83,12 @@ def solve_lanes(
     except KeyboardInterrupt:
         lanes, solution = table.ended()
         if solution is not None:
-            width = layout.width // layout.devices * crew.mesh.size
-            solution = as_arrays(solution, crew.structs(width)[1])
-        raise SweepInterrupted(crew.numbers[lanes], solution) from None
+            width = layout.width // layout.devices * runner.mesh.size
+            solution = as_arrays(solution, runner.structs(width)[1])
+        raise SweepInterrupted(runner.numbers[lanes], solution) from None
     finally:
-        if journal is not None:
-            journal.write()
+        if store is not None:
+            store.write()
     return table.whole
 
 
@@ -110,33 +110,33 @@ def as_arrays(solution: Solution, state: SolverState) -> Solution:
 def _outcomes(
     plan: Sequence[Block],
     states: SolverState | None,
-    crew: Crew,
-    journal: Journal | None,
+    runner: BatchRunner,
+    store: CheckpointStore | None,
     keep_states: bool,
 ) -> Generator[tuple[Block, Outcome]]:
     """What comes out of the blocks of a generation: what is known of them first."""
     todo = []
     for block in plan:
         known = None
-        if journal is not None:
-            structs = crew.structs(block.width * crew.mesh.size)
+        if store is not None:
+            structs = runner.structs(block.width * runner.mesh.size)
             parse = functools.partial(_from_record, block.lanes, structs)
-            known = journal.record(block.name, parse)
+            known = store.record(block.name, parse)
         if known is None:
             todo.append(block)
         else:
             yield block, known
-    merged = list(merge(todo, crew.mesh.size))
+    merged = list(merge(todo, runner.mesh.size))
     parts_of = {together.name: parts for together, parts in merged}
-    running = crew.run([together for together, _ in merged], states)
+    running = runner.run([together for together, _ in merged], states)
     with contextlib.closing(running) as outcomes:
         for together, outcome in outcomes:
             first = 0
             for block in parts_of[together.name]:
                 rows = slice(first, first := first + block.lanes.size)
                 part = jax.tree.map(lambda x, rows=rows: x[rows], outcome)
-                if journal is not None:
-                    journal.add(block.name, _to_record(block, part, keep_states))
+                if store is not None:
+                    store.add(block.name, _to_record(block, part, keep_states))
                 yield block, part
 
 

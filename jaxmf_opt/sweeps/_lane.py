@@ -9,11 +9,11 @@ import jax
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._solver.compiled_callbacks import Watch
+from .._solver.compiled_callbacks import CompiledCallbacks
 from .._solver.loop import Pause
 from .._solver.objective import trace
 from .._solver.recipe import Recipe, Tolerances
-from .._solver.resume import going_on, is_of_problem, recording, start
+from .._solver.resume import matches_problem, resume_state, start, with_history_buffer
 from .._solver.solution import Solution
 from .._solver.state import SolverState
 from ._batch import AXIS
@@ -30,7 +30,7 @@ class LaneSetting(NamedTuple):
       max_steps: The limit of steps.
       watch: The callbacks that are compiled. There is one, perhaps an empty one,
         wherever somebody is told of each step.
-      watched: The arrays that they close over.
+      callback_consts: The arrays that they close over.
       params: The `jax.ShapeDtypeStruct`s of the parameters, float64.
       dtypes: The dtypes that leaves of the parameters get in the end.
       int_dtype: The dtype that counts get in the end.
@@ -44,8 +44,8 @@ class LaneSetting(NamedTuple):
     optimizer: Any
     tolerances: tuple[Any, Any, Any]
     max_steps: int
-    watch: Watch | None
-    watched: Sequence[Array]
+    watch: CompiledCallbacks | None
+    callback_consts: Sequence[Array]
     params: PyTree
     dtypes: Sequence[Any]
     int_dtype: Any
@@ -56,18 +56,20 @@ class LaneSetting(NamedTuple):
     def first(self, params: PyTree, hyperparam: PyTree) -> SolverState:
         """The state before the first step."""
         optimizer = of_lane(self.optimizer, hyperparam)
-        return recording(start(optimizer, params, tests=self.tests), self.history)
+        return with_history_buffer(
+            start(optimizer, params, tests=self.tests), self.history
+        )
 
-    def going_on(
+    def resume_state(
         self, state: SolverState, hyperparam: PyTree
     ) -> tuple[SolverState, Bool[Array, ""]]:
         """A state of an earlier run, made ready; and whether it is of this problem."""
         recipe, captured = self._recipe(hyperparam)
         last = state.minimiser.last_finite
-        is_mine = is_of_problem(state, recipe.loss(last.params, captured))
+        is_mine = matches_problem(state, recipe.loss(last.params, captured))
         is_seen = self.watch is not None
-        ready = going_on(state, recipe.optimizer, tests=self.tests, is_seen=is_seen)
-        return recording(ready, self.history), is_mine
+        ready = resume_state(state, recipe.optimizer, tests=self.tests, is_seen=is_seen)
+        return with_history_buffer(ready, self.history), is_mine
 
     def advance(
         self,
@@ -97,7 +99,7 @@ class LaneSetting(NamedTuple):
             captured,
             self.max_steps,
             Tolerances(*(of_lane(t, hyperparam) for t in self.tolerances)),
-            self.watched,
+            self.callback_consts,
             Pause(steps, keep, AXIS),
         )
         solution = eqx.tree_at(lambda s: s.state, solution, None)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 
-def parts(mesh: Mesh, count: int) -> list[np.ndarray]:
+def lanes_by_process(mesh: Mesh, count: int) -> list[np.ndarray]:
     """The lanes of each process, by their numbers.
 
     Args:

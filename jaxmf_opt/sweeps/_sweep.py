@@ -34,16 +34,21 @@ from .._validation import (
     check_tolerance,
     check_untraced,
 )
-from ..callbacks._args import CallbackFnType, combine, no_callback, traced
-from ..callbacks._args import parts as parts_of
+from ..callbacks._args import (
+    CallbackFnType,
+    combine,
+    flatten_callbacks,
+    no_callback,
+    traced,
+)
 from ._batch import digest_of, local_mesh
+from ._checkpoints import CheckpointStore, Layout, check_directory, is_kept
 from ._collect import as_arrays, solve_lanes
-from ._crew import CallbackStopIterationError, Crew
-from ._journal import Journal, Layout, check_directory, is_kept
 from ._lane import LaneSetting, is_function
 from ._lanes import Lanes, as_pair, lanes_of
-from ._meter import Meter
-from ._processes import gather, own_devices, parts
+from ._processes import gather, lanes_by_process, own_devices
+from ._progress import ProgressBar
+from ._runner import BatchRunner, CallbackStopIterationError
 from ._width import default_width, num_workers
 
 # What lowers and compiles a loss.
@@ -182,7 +187,7 @@ def sweep(
         tolerances,
         max_steps,
         watch=None,
-        watched=(),
+        callback_consts=(),
         params=jax.tree.map(float64_struct, lanes.first(0)),
         dtypes=[caller_dtype(x, in_program=False) for x in jax.tree.leaves(params)],
         int_dtype=jnp.result_type(int),
@@ -192,9 +197,9 @@ def sweep(
     )
     like = _state_structs(setting, lanes)
     if compiled or on_host:
-        watcher, watched = watch(combine(*compiled), like[0])
-        check_untraced("what `callback` closes over", watched)
-        setting = setting._replace(watch=watcher, watched=watched)
+        callbacks, callback_consts = watch(combine(*compiled), like[0])
+        check_untraced("what `callback` closes over", callback_consts)
+        setting = setting._replace(watch=callbacks, callback_consts=callback_consts)
     if state is not None:
         count = lanes.count
         in_lanes = [
@@ -204,7 +209,7 @@ def sweep(
         state = check_state(state, *in_lanes)
     lanes = lanes.with_state(state)
 
-    everyone = parts(mesh, lanes.count)
+    everyone = lanes_by_process(mesh, lanes.count)
     mine = everyone[jax.process_index() if len(everyone) > 1 else 0]
     lanes = Lanes(mine.size, lanes.take(mine), lanes.shared)
     local = local_mesh(own_devices(mesh))
@@ -216,24 +221,24 @@ def sweep(
         suitable = default_width(setting, lanes, local, workers)
         if width is not None:
             width = min(width * local.size // mesh.size, mine.size)
-        journal, begun = None, None
+        store, begun = None, None
         if checkpoint_dir is not None:
             check_directory(checkpoint_dir)
             directory = _own_directory(checkpoint_dir, len(everyone))
             check_directory(directory)
-            journal = stack.enter_context(Journal(directory))
-            begun = journal.layout
+            store = stack.enter_context(CheckpointStore(directory))
+            begun = store.layout
         layout = begun or Layout(width or suitable, local.size)
-        crew = Crew(setting, lanes, mine, local, told, workers)
-        if journal is not None:
-            identity = _identity(crew, lanes, layout, width, keep_states)
+        runner = BatchRunner(setting, lanes, mine, local, told, workers)
+        if store is not None:
+            identity = _identity(runner, lanes, layout, width, keep_states)
             releases = {name: version(name) for name in _COMPILERS}
-            journal.begin(identity, layout, releases)
+            store.begin(identity, layout, releases)
         show = progress and not jax.process_index()
-        meter = stack.enter_context(Meter(lanes.count, show=show))
+        progress_bar = stack.enter_context(ProgressBar(lanes.count, show=show))
         try:
             solution = solve_lanes(
-                crew, lanes.count, layout, journal, meter, keep_states
+                runner, lanes.count, layout, store, progress_bar, keep_states
             )
         except CallbackStopIterationError as e:
             raise e.original from None
@@ -312,7 +317,7 @@ def _check_options(lanes: Lanes, optimizer: Any, tolerances: Tolerances) -> None
 
 def _split(callback: CallbackFnType) -> tuple[list[traced], list[CallbackFnType]]:
     """The callbacks that are compiled, and those that are not."""
-    callbacks = parts_of(callback)
+    callbacks = flatten_callbacks(callback)
     compiled = [c for c in callbacks if isinstance(c, traced)]
     return compiled, [c for c in callbacks if not isinstance(c, traced)]
 
@@ -347,7 +352,11 @@ def _own_directory(directory: str | os.PathLike[str], processes: int) -> Path:
 
 
 def _identity(
-    crew: Crew, lanes: Lanes, layout: Layout, width: int | None, keep_states: bool
+    runner: BatchRunner,
+    lanes: Lanes,
+    layout: Layout,
+    width: int | None,
+    keep_states: bool,
 ) -> dict[str, str]:
     """What has to be the same where a sweep goes on: all that its bits depend on.
 
@@ -359,11 +368,11 @@ def _identity(
         # Another minor release may round otherwise, a patch release should not.
         **{name: ".".join(version(name).split(".")[:2]) for name in _COMPILERS},
         "loss, options and what all lanes share": digest_of(
-            *(p.digest for p in crew.programs(of_device * crew.mesh.size))
+            *(p.digest for p in runner.programs(of_device * runner.mesh.size))
         ),
         "what differs between lanes": digest_of(*jax.tree.leaves(lanes.mapped)),
         "lanes of this process": str(lanes.count),
         "batch_size of this process": str(width or layout.width),
-        "platform": crew.mesh.devices.flat[0].platform,
+        "platform": runner.mesh.devices.flat[0].platform,
         "keep_states": str(keep_states),
     }

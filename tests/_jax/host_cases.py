@@ -68,7 +68,7 @@ def eager(stops: bool) -> tuple[np.ndarray, dict[float, list[int]]]:
     calls = Calls(stops)
 
     def callback(info: CallbackArgs) -> bool:
-        return calls(jax.tree.map(np.asarray, info).told_by(info.lane, dict))
+        return calls(jax.tree.map(np.asarray, info).bind(info.lane, dict))
 
     results = np.stack([minimum(jnp.asarray(row), callback) for row in ROWS])
     return results, calls.steps

@@ -108,7 +108,7 @@ class TestNoProgress:
         lane = Lane()
         for i, value in enumerate(losses):
             info = CallbackArgs.tree_unflatten(None, (i, value, None, None, None))
-            if callback(info.told_by(lane, dict)):
+            if callback(info.bind(lane, dict)):
                 return i + 1
         return len(losses) + 1
 

@@ -827,7 +827,7 @@ class TestUnfinished:
             raise AssertionError("a batch is solved again")
 
         with monkeypatch.context() as patch:
-            patch.setattr("jaxmf_opt.sweeps._crew.Crew._solve", none_is_solved)
+            patch.setattr("jaxmf_opt.sweeps._runner.BatchRunner._solve", none_is_solved)
             _same_arrays(whole, run(capsys, out, RESUMED))
         assert not (out / UNFINISHED).exists()
 

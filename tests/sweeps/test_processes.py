@@ -30,7 +30,7 @@ from processes import environment
 with install_import_hook("jaxmf_opt", "beartype.beartype"):
     from jaxmf_opt import CallbackArgs, Solution, sweep
     from jaxmf_opt.sweeps import SweepInterrupted, _processes, _sweep
-    from jaxmf_opt.sweeps._journal import Journal
+    from jaxmf_opt.sweeps._checkpoints import CheckpointStore
 
 PROCESSES, DEVICES_EACH = 2, 2
 DEVICES = PROCESSES * DEVICES_EACH
@@ -135,7 +135,7 @@ def directory(job: Job) -> Path:
     return kept / f"{job.rank}" if job.processes > 1 else kept
 
 
-class EachBlock(Journal):
+class EachBlock(CheckpointStore):
     """Keeps each block in a file of its own."""
 
     def __init__(self, directory: Any):
@@ -154,8 +154,8 @@ class Killed(EachBlock):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def with_checkpoints(job: Job, journal: type[Journal] = EachBlock) -> Solution:
-    with mock.patch.object(_sweep, "Journal", journal):
+def with_checkpoints(job: Job, store: type[CheckpointStore] = EachBlock) -> Solution:
+    with mock.patch.object(_sweep, "CheckpointStore", store):
         return valleys(all_devices(), checkpoint_dir=Path(job.out) / "kept")
 
 

@@ -31,9 +31,9 @@ from processes import environment, report_of
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, CallbackArgs, Solution, sweep, traced
 from jaxmf_opt._files import read_npz, write_npz
-from jaxmf_opt.sweeps import SweepInterrupted, _batch, _journal, _sweep
-from jaxmf_opt.sweeps._journal import Journal, Layout, remove_records
-from jaxmf_opt.sweeps._meter import Meter
+from jaxmf_opt.sweeps import SweepInterrupted, _batch, _checkpoints, _sweep
+from jaxmf_opt.sweeps._checkpoints import CheckpointStore, Layout, remove_records
+from jaxmf_opt.sweeps._progress import ProgressBar
 
 
 def numbered(directory: Path) -> list[Path]:
@@ -82,7 +82,9 @@ def small_solution() -> Solution:
 @pytest.fixture
 def a_file_for_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits to be written with something else."""
-    monkeypatch.setattr(_sweep, "Journal", functools.partial(Journal, every=0.0))
+    monkeypatch.setattr(
+        _sweep, "CheckpointStore", functools.partial(CheckpointStore, every=0.0)
+    )
 
 
 def noisy(*_: Any) -> Any:
@@ -169,11 +171,11 @@ class TestSameBits:
         assert contents(tmp_path) == before
 
 
-def begun(directory: Path) -> Journal:
-    """A journal of a sweep, of which there is nothing else. It is closed."""
-    with Journal(directory) as journal:
-        journal.begin({"of": "a"}, Layout(8, 1), {})
-    return journal
+def begun(directory: Path) -> CheckpointStore:
+    """A store of a sweep, of which there is nothing else. It is closed."""
+    with CheckpointStore(directory) as store:
+        store.begin({"of": "a"}, Layout(8, 1), {})
+    return store
 
 
 class TestJournal:
@@ -183,15 +185,15 @@ class TestJournal:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         now = 100.0
-        monkeypatch.setattr(_journal.time, "monotonic", lambda: now)
-        journal = begun(tmp_path)
+        monkeypatch.setattr(_checkpoints.time, "monotonic", lambda: now)
+        store = begun(tmp_path)
         records = {f"0.{i}": {"x": np.full(3, i)} for i in range(4)}
         for i, (name, record) in enumerate(records.items()):
             now += 0.4
-            journal.add(name, record)
+            store.add(name, record)
             assert len(numbered(tmp_path)) == (i >= 2)
-        journal.write()
-        journal.write()  # there is nothing left
+        store.write()
+        store.write()  # there is nothing left
         assert len(numbered(tmp_path)) == 2
         again = begun(tmp_path)
         for name, record in records.items():
@@ -243,15 +245,15 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a sweep that has been finished."""
     directory = tmp_path_factory.mktemp("template")
-    journal = functools.partial(Journal, every=0.0)
-    with mock.patch.object(_sweep, "Journal", journal):
+    store = functools.partial(CheckpointStore, every=0.0)
+    with mock.patch.object(_sweep, "CheckpointStore", store):
         assert_same_bits(small(directory), small_solution())
     assert len(numbered(directory)) == LANES // WIDTH + 1
     return directory
 
 
 def reopened(directory: Path, least: int = 0) -> dict[str, Arrays | None]:
-    """What a journal knows of the blocks of `template`, of so many arrays at least."""
+    """What a store knows of the blocks of `template`, of so many arrays at least."""
 
     def parse(arrays: Any) -> Arrays:
         if len(arrays) < least:
@@ -261,9 +263,9 @@ def reopened(directory: Path, least: int = 0) -> dict[str, Arrays | None]:
     identity, layout, releases = json.loads(
         str(read_npz(directory / "sweep.npz")["sweep"])
     )
-    with Journal(directory) as journal:
-        journal.begin(identity, Layout(*layout), releases)
-    return {name: journal.record(name, parse) for name in ("0.0", "0.1", "0.2", "1.0")}
+    with CheckpointStore(directory) as store:
+        store.begin(identity, Layout(*layout), releases)
+    return {name: store.record(name, parse) for name in ("0.0", "0.1", "0.2", "1.0")}
 
 
 @pytest.mark.usefixtures("a_file_for_each_block")
@@ -400,7 +402,7 @@ class TestDamage:
         shutil.copy(numbered(tmp_path / "other")[0], directory / "000099.npz")
         (directory / "000100.npz").write_bytes(b"")
         (directory / "notes").touch()
-        with Journal(directory):
+        with CheckpointStore(directory):
             remove_records(directory)  # while a sweep is at work
         assert (directory / "sweep.npz").exists()
         remove_records(directory)
@@ -698,7 +700,7 @@ class TestElsewhere:
 
     def test_two_at_a_time(self, tmp_path: Path):
         with (
-            Journal(tmp_path),
+            CheckpointStore(tmp_path),
             pytest.raises(OSError, match=r"`checkpoint_dir` .*sweep is at work"),
         ):
             small(tmp_path)
@@ -733,9 +735,9 @@ class TestProgress:
     def test_is_up_to_date(self, capfd: pytest.CaptureFixture[str]):
         """Though nobody knows how long the next batch takes."""
         solution = jax.tree.map(lambda x: np.asarray(x)[:WIDTH], small_solution())
-        with Meter(LANES, show=True) as meter:
+        with ProgressBar(LANES, show=True) as progress_bar:
             for done in range(1, WIDTH):
-                meter.add(solution, np.arange(WIDTH) == done)
+                progress_bar.add(solution, np.arange(WIDTH) == done)
             assert f"{WIDTH - 1}/{LANES}" in capfd.readouterr().err
 
     def test_of_nothing_but_failures(self, capfd: pytest.CaptureFixture[str]):
@@ -875,9 +877,9 @@ def work(job: Job) -> None:
         return
     writes, real = 0, np.savez
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    journal = functools.partial(Journal, every=0.0)
+    store = functools.partial(CheckpointStore, every=0.0)
     with (
-        mock.patch.object(_sweep, "Journal", journal),
+        mock.patch.object(_sweep, "CheckpointStore", store),
         mock.patch.object(np, "savez", savez),
     ):
         try:
@@ -1054,8 +1056,8 @@ def on_devices(directory: str) -> list[int]:
         return jax.make_mesh((devices,), ("lanes",), devices=jax.devices()[:devices])
 
     solved = []
-    journal = functools.partial(Journal, every=0.0)
-    with mock.patch.object(_sweep, "Journal", journal):
+    store = functools.partial(CheckpointStore, every=0.0)
+    with mock.patch.object(_sweep, "CheckpointStore", store):
         for first, then, lost in (1, 4, 2), (4, 1, 5), (4, 3, 7), (2, 4, 2):
             kept = Path(directory) / f"{first} {then}"
             want = small(kept, mesh=mesh(first))

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from .._solver.solution import Solution
 
 
-class Meter:
+class ProgressBar:
     """A progress bar: lanes done, failed, lanes a second, time left, least loss."""
 
     def __init__(self, total: int, *, show: bool):
@@ -53,7 +53,7 @@ class Meter:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(int(ended.sum()))
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:

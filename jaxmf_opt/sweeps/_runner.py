@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, PyTree
 
 from .._jax.debugging import alarms
 from .._jax.keys import as_key, as_numpy, on_host
-from .._solver.compiled_callbacks import info_after
+from .._solver.compiled_callbacks import callback_args
 from .._solver.solution import Solution
 from .._solver.state import SolverState
 from ..callbacks._args import CallbackFnType, Lane, asks_to_stop
@@ -51,7 +51,7 @@ class CallbackStopIterationError(Exception):
         self.original = original
 
 
-class Crew:
+class BatchRunner:
     """The programs of a sweep, and the threads that run them.
 
     Attributes:
@@ -75,7 +75,7 @@ class Crew:
           lanes: Their parameters, hyperparameters, and states to go on from, or None.
           numbers: Their numbers in the sweep, of which this may be a part only.
           mesh: The devices over which a batch is split.
-          callback: Told of each step, on the calling thread.
+          callback: StepOutput of each step, on the calling thread.
           workers: How many blocks are solved at a time, without a callback.
         """
         self.mesh, self.numbers = mesh, numbers
@@ -141,7 +141,7 @@ class Crew:
             params, hyperparam, state = map(lanes.argument, range(3), mapped)
             if state is None:
                 return setting.first(params, hyperparam), jnp.array(True)
-            return setting.going_on(state, hyperparam)
+            return setting.resume_state(state, hyperparam)
 
         def advance(mapped: PyTree, shared: PyTree) -> Any:
             mapped_hyperparam, state, is_real = mapped
@@ -227,9 +227,9 @@ class Crew:
             if not moved[row]:
                 continue
             of_lane: SolverState = jax.tree.unflatten(treedef, [x[row] for x in arrays])
-            info = info_after(of_lane, int(of_lane.minimiser.step) - 1)
+            info = callback_args(of_lane, int(of_lane.minimiser.step) - 1)
             key = self._lane_objects.setdefault(lane, Lane((int(self.numbers[lane]),)))
-            told = info.told_by(key, lambda of_lane=of_lane: of_lane)
+            told = info.bind(key, lambda of_lane=of_lane: of_lane)
             try:
                 interrupted[row] |= asks_to_stop(self._callback(told))
             except StopIteration as e:

@@ -1,6 +1,6 @@
 """What a sweep has finished, in a directory, for a run that may be killed.
 
-A journal holds what came out of each block of lanes, in files that are written once.
+A store keeps what came out of each block of lanes, in files that are written once.
 The blocks of a sweep are a function of its arguments and of what came out of the blocks
 before, so a run that reads some of them goes on exactly as the one that wrote them.
 
@@ -77,7 +77,7 @@ def _named(directory: str | os.PathLike[str]) -> Iterator[None]:
         ) from e
 
 
-class Journal:
+class CheckpointStore:
     """A directory of records, each of them arrays by name.
 
     Attributes:
@@ -115,7 +115,7 @@ class Journal:
             self._lock = stack.pop_all()
         self.layout = None if self._manifest is None else self._manifest.layout
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -279,5 +279,5 @@ def remove_records(directory: Path) -> None:
     The directory goes, too, if it is empty then. (While another sweep is at work in it,
     or if it cannot be read, nothing is removed.)
     """
-    with contextlib.suppress(OSError, ValueError), Journal(directory) as journal:
-        journal.remove()
+    with contextlib.suppress(OSError, ValueError), CheckpointStore(directory) as store:
+        store.remove()
