@@ -6,7 +6,7 @@
    the last 2,048 calls of each kind.
 
 Printed are solves, seconds, resident memory, memory maps (Linux gives 65,530 to a
-process), recipes and XLA programs that are kept, and Python objects.
+process), specs and XLA programs that are kept, and Python objects.
 """
 
 import gc
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmf_opt import optimize
-from jaxmf_opt._solver.recipe import _compiled as compiled
+from jaxmf_opt._solver.compilation import cached as compiled
 
 
 def _alike(i: int) -> Any:

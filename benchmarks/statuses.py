@@ -208,8 +208,7 @@ def judge_cutest(problem: Problem) -> list[Verdict]:
 
     @jax.jit
     def least(y: Any) -> Any:
-        steps = {"max_optimizer_steps": 3000}
-        further = solve(loss, y, optimizer=ROBUST_OPTIMIZER, **steps)
+        further = solve(loss, y, optimizer=ROBUST_OPTIMIZER, max_optimizer_steps=3000)
         return further.stats["loss"]
 
     @jax.jit
@@ -222,8 +221,14 @@ def judge_cutest(problem: Problem) -> list[Verdict]:
 
         @jax.jit
         def end(rtol: Any, gtol: Any, optimizer: Any = optimizer) -> Any:
-            options = {"rtol": rtol, "gtol": gtol, "max_optimizer_steps": 500}
-            ended = solve(loss, problem.start, optimizer=optimizer, **options)
+            ended = solve(
+                loss,
+                problem.start,
+                optimizer=optimizer,
+                rtol=rtol,
+                gtol=gtol,
+                max_optimizer_steps=500,
+            )
             return ended.value, ended.result == RESULTS.successful
 
         for rtol, gtol in ((RTOL, 0.0), (0.0, GTOL)):

@@ -14,14 +14,15 @@ from jaxtyping import Array
 from ._jax.debugging import alarms, no_alarms, own_transfers, raise_alarm
 from ._jax.fork import check_process
 from ._jax.x64 import caller_dtype, float64_struct, inside_region, is_traced
+from ._solver.compilation import compiled
 from ._solver.compiled_callbacks import watch
 from ._solver.implicit import solve_in_program
 from ._solver.minimiser import Tolerance
 from ._solver.objective import trace
 from ._solver.optimizers import DEFAULT_OPTIMIZER, closed_over
-from ._solver.recipe import Recipe, Tolerances, compiled
 from ._solver.resume import matches_problem, resume_state, start
 from ._solver.solution import Solution, statuses, throw_failure
+from ._solver.spec import SolveSpec, Tolerances
 from ._solver.state import SolverState
 from ._solver.stepwise import solve_stepwise
 from ._typing import PyTree
@@ -194,53 +195,53 @@ def minimise(
     # What traced callbacks close over may be traced, too.
     in_program = in_program or is_traced(callback_consts)
     stepwise = not (in_program or all(of_program))
-    recipe = Recipe(
+    spec = SolveSpec(
         objective.program,
         optimizer,
-        [caller_dtype(x, in_program=in_program) for x in jax.tree.leaves(params)],
+        tuple(caller_dtype(x, in_program=in_program) for x in jax.tree.leaves(params)),
         jnp.result_type(int),
         jnp.result_type(float),
         tests=tests,
         history=max_steps if history else None,
-        watch=None if stepwise else compiled_callbacks,
+        callbacks=None if stepwise else compiled_callbacks,
     )
     if first is not None and not in_program:
         with jax.enable_x64():
-            _check_problem(recipe, captured, first)
+            _check_problem(spec, captured, first)
     operands = (params, captured, max_steps, tolerances)
-    if in_program or not (stepwise or recipe.cacheable):
+    if in_program or not (stepwise or spec.cacheable):
         solution = solve_in_program(
-            recipe, *operands, linear_solver, callback_consts, first
+            spec, *operands, linear_solver, callback_consts, first
         )
     else:
         if stepwise:
-            solution = solve_stepwise(recipe, *operands, callback, first)
+            solution = solve_stepwise(spec, *operands, callback, first)
         else:
             with jax.enable_x64():
-                solution = compiled(recipe).solve(*operands, callback_consts, first)
+                solution = compiled(spec).solve(*operands, callback_consts, first)
         if not only_value:
-            solution = _judged(recipe, captured, solution)
+            solution = _judged(spec, captured, solution)
     if alarms() and not is_traced(solution):
         of, end = solution.stats, solution.state
         results = (solution.value, of["loss"], of["grad_norm"], end.minimiser.loss)
         with jax.enable_x64():
-            raise_alarm(recipe.loss, end.params, captured, results)
+            raise_alarm(spec.program.loss, end.params, captured, results)
     return throw_failure(solution) if throw else solution
 
 
-def _judged(recipe: Recipe, captured: Sequence[Array], solution: Solution) -> Solution:
+def _judged(spec: SolveSpec, captured: Sequence[Array], solution: Solution) -> Solution:
     """The solution, whose stall is judged; nothing is compiled if there is none."""
     with jax.enable_x64():
         if not is_traced(solution):
             with own_transfers():
                 if statuses(solution.result) != "stagnation":
                     return solution
-        return compiled(recipe).judge_stall(solution, captured)
+        return compiled(spec).judge_stall(solution, captured)
 
 
-def _check_problem(recipe: Recipe, captured: Sequence[Array], state: Any) -> None:
+def _check_problem(spec: SolveSpec, captured: Sequence[Array], state: Any) -> None:
     """Refuses the state of another problem."""
-    loss = compiled(recipe).loss if recipe.cacheable else jax.jit(recipe.loss)
+    loss = compiled(spec).loss
     last = state.minimiser.last_finite
     there = loss(last.params, captured)
     if not matches_problem(state, there):

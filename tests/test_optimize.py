@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxmf_opt import optimize
-from jaxmf_opt._solver.recipe import _compiled as compiled
+from jaxmf_opt._solver.compilation import cached as compiled
 
 
 def bowl(y: jax.Array, centre: jax.Array) -> jax.Array:
@@ -184,5 +184,5 @@ class TestCompilation:
 
 
 def _compilations() -> int:
-    """How many programs have been compiled: misses of the recipe cache."""
+    """How many programs have been compiled: misses of the cache."""
     return compiled.cache_info().misses

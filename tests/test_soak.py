@@ -14,9 +14,9 @@ import optax
 
 from jaxmf_opt import optimize
 from jaxmf_opt._jax.structure import CACHE_SIZE
+from jaxmf_opt._solver.compilation import cached as compiled
 from jaxmf_opt._solver.objective import trace
-from jaxmf_opt._solver.recipe import Recipe
-from jaxmf_opt._solver.recipe import _compiled as compiled
+from jaxmf_opt._solver.spec import SolveSpec
 
 
 def solve_anew(i: int) -> Any:
@@ -42,10 +42,10 @@ def test_fresh_closures_leave_nothing_behind():
             np.testing.assert_allclose(solve_anew(i), np.linspace(0, 1, 3) + i, 1e-5)
 
     many(30)
-    recipes, programs, objects = live()
+    specs, programs, objects = live()
     many(300)
     more = live()
-    assert more[:2] == (recipes, programs)
+    assert more[:2] == (specs, programs)
     assert more[2] - objects < 150  # one for every other solve would be a leak
 
 
@@ -54,14 +54,14 @@ def test_programs_that_were_not_used_for_long_are_forgotten():
         struct = jax.ShapeDtypeStruct((), jnp.float64)
         program = trace(lambda y: y**2, struct, grad=False).program
 
-    def cached(i: int) -> weakref.ref[Recipe]:
+    def cached(i: int) -> weakref.ref[SolveSpec]:
         options: dict[str, Any] = {"tests": False, "history": i}
-        recipe = Recipe(program, optax.sgd(0.1), [], int, float, **options)
-        compiled(recipe)
-        return weakref.ref(recipe)
+        spec = SolveSpec(program, optax.sgd(0.1), (), int, float, **options)
+        compiled(spec)
+        return weakref.ref(spec)
 
-    recipes = [cached(i) for i in range(CACHE_SIZE + 20)]
+    specs = [cached(i) for i in range(CACHE_SIZE + 20)]
     gc.collect()
     assert compiled.cache_info().currsize == CACHE_SIZE
-    alive = [r() is not None for r in recipes]
+    alive = [r() is not None for r in specs]
     assert alive == [False] * 20 + [True] * CACHE_SIZE

@@ -31,7 +31,7 @@ from jaxmf_opt import (
     jax_enable_x64,
     traced,
 )
-from jaxmf_opt._solver.recipe import _compiled as compiled
+from jaxmf_opt._solver.compilation import cached as compiled
 from jaxmf_opt._solver.resume import start
 from jaxmf_opt.robust import robust_lbfgs
 
@@ -489,9 +489,9 @@ def test_refused_by_name(case: str, reported: dict[str, Any]):
 def test_nothing_is_compiled_for_bad_arguments(reported: dict[str, Any]):
     assert reported["compiled for bad calls"] == [0, 0]
     # The same counters, where there is something to count.
-    recipes, programs = reported["compiled for good calls"]
-    assert recipes >= len({tuple(good.dtypes) for good in GOOD.values()})
-    assert programs >= recipes
+    specs, programs = reported["compiled for good calls"]
+    assert specs >= len({tuple(good.dtypes) for good in GOOD.values()})
+    assert programs >= specs
 
 
 @pytest.mark.parametrize("case", GOOD)

@@ -15,6 +15,7 @@ function of the minimum that does not depend on the scale either.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,15 +27,16 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.x64 import x64_region
+from .driver import in_dtypes, nan_unless_matching, solve_in_float64
 from .linear_system import DIRECT_SIZE, MatrixFree, as_matrix, group_inverse
 from .objective import Program
-from .recipe import Recipe, Tolerances
 from .solution import Solution
+from .spec import SolveSpec, Tolerances
 from .state import SolverState
 
 
 def solve_in_program(
-    recipe: Recipe,
+    spec: SolveSpec,
     params: PyTree,
     captured: Sequence[Array],
     max_steps: int | Int[Array, ""],
@@ -50,7 +52,7 @@ def solve_in_program(
     zero: a minimum does not depend on them.
 
     Args:
-      recipe: What to solve, and how.
+      spec: What to solve, and how.
       params: The starting point.
       captured: What the loss closes over.
       max_steps: The limit of steps.
@@ -60,23 +62,23 @@ def solve_in_program(
       start: Where to go on, instead of at `params`.
 
     Returns:
-      The solution, its value in the dtypes of the recipe.
+      The solution, its value in the caller's dtypes.
     """
 
     def run(params: PyTree, captured: Any, limits: Any, start: Any) -> Solution:
         if start is not None:
-            start = recipe.nan_unless_matching(start, captured)
+            start = nan_unless_matching(spec, start, captured)
         max_steps, tolerances, callback_consts = limits
-        return recipe.solve_in_float64(
-            params, captured, max_steps, tolerances, callback_consts, start
+        return solve_in_float64(
+            spec, params, captured, max_steps, tolerances, callback_consts, start
         )
 
     # What else `run` closes over, the learning rate of an optimizer for example, does
     # not move the minimum.
     limits = (max_steps, tolerances, list(callback_consts))
-    rule = _TangentOfSolve(recipe.program, linear_solver)
+    rule = _TangentOfSolve(spec.program, linear_solver)
     solution = x64_region(run, params, list(captured), limits, start, tangent=rule)
-    value = x64_region(recipe.in_dtypes, solution.value)
+    value = x64_region(functools.partial(in_dtypes, spec), solution.value)
     return eqx.tree_at(lambda s: s.value, solution, value)
 
 

@@ -19,8 +19,10 @@ from jaxtyping import Array, PyTree
 from .._jax.debugging import alarms, no_alarms, own_transfers, raise_alarm
 from .._jax.x64 import jax_enable_x64
 from ..callbacks._args import CallbackArgs, CallbackFnType, Lane, asks_to_stop
-from .recipe import Recipe, StepOutput, Tolerances, compiled
+from .compilation import compiled
+from .driver import StepOutput
 from .solution import Solution
+from .spec import SolveSpec, Tolerances
 from .state import Evaluated, Evaluations, History, Movement, SolverState
 
 # Above this many parameters a step costs more than to look whether its loss is finite.
@@ -29,7 +31,7 @@ _SMALL = 4096
 
 @jax_enable_x64
 def solve_stepwise(
-    recipe: Recipe,
+    spec: SolveSpec,
     params: PyTree,
     captured: Sequence[Array],
     max_steps: int,
@@ -40,7 +42,7 @@ def solve_stepwise(
     """The solve, with the callback on the calling thread.
 
     Args:
-      recipe: What to solve, and how.
+      spec: What to solve, and how.
       params: The starting point.
       captured: What the loss closes over.
       max_steps: The limit of steps.
@@ -49,10 +51,10 @@ def solve_stepwise(
       start: Where to go on, instead of at `params`.
 
     Returns:
-      The solution, its value in the dtypes of the recipe.
+      The solution, its value in the caller's dtypes.
     """
-    program = compiled(recipe)
-    begin = program.start(params) if start is None else start
+    program = compiled(spec)
+    begin = program.first_state(params) if start is None else start
     y, of = begin.params, begin.minimiser
     opt_state = of.opt_state
     with own_transfers():
@@ -73,7 +75,7 @@ def solve_stepwise(
             at, opt_state, counters, before, captured, limits
         )
         if is_alarmed:
-            raise_alarm(recipe.loss, at, captured, (output.loss, output.grad))
+            raise_alarm(spec.program.loss, at, captured, (output.loss, output.grad))
         pending.append((at, output))
         if len(pending) >= record.check_every:
             record.look()

@@ -10,11 +10,12 @@ import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._solver.compiled_callbacks import CompiledCallbacks
+from .._solver.driver import advance
 from .._solver.loop import Pause
 from .._solver.objective import trace
-from .._solver.recipe import Recipe, Tolerances
 from .._solver.resume import matches_problem, resume_state, start, with_history_buffer
 from .._solver.solution import Solution
+from .._solver.spec import SolveSpec, Tolerances
 from .._solver.state import SolverState
 from ._batch import AXIS
 
@@ -28,7 +29,7 @@ class LaneSetting(NamedTuple):
       optimizer: The optax transformation, or a function of the hyperparameter.
       tolerances: The tolerances, or functions of the hyperparameter.
       max_steps: The limit of steps.
-      watch: The callbacks that are compiled. There is one, perhaps an empty one,
+      callbacks: The callbacks that are compiled. There is one, perhaps an empty one,
         wherever somebody is told of each step.
       callback_consts: The arrays that they close over.
       params: The `jax.ShapeDtypeStruct`s of the parameters, float64.
@@ -44,7 +45,7 @@ class LaneSetting(NamedTuple):
     optimizer: Any
     tolerances: tuple[Any, Any, Any]
     max_steps: int
-    watch: CompiledCallbacks | None
+    callbacks: CompiledCallbacks | None
     callback_consts: Sequence[Array]
     params: PyTree
     dtypes: Sequence[Any]
@@ -64,11 +65,11 @@ class LaneSetting(NamedTuple):
         self, state: SolverState, hyperparam: PyTree
     ) -> tuple[SolverState, Bool[Array, ""]]:
         """A state of an earlier run, made ready; and whether it is of this problem."""
-        recipe, captured = self._recipe(hyperparam)
+        spec, captured = self._spec(hyperparam)
         last = state.minimiser.last_finite
-        is_mine = matches_problem(state, recipe.loss(last.params, captured))
-        is_seen = self.watch is not None
-        ready = resume_state(state, recipe.optimizer, tests=self.tests, is_seen=is_seen)
+        is_mine = matches_problem(state, spec.program.loss(last.params, captured))
+        is_seen = self.callbacks is not None
+        ready = resume_state(state, spec.optimizer, tests=self.tests, is_seen=is_seen)
         return with_history_buffer(ready, self.history), is_mine
 
     def advance(
@@ -92,9 +93,10 @@ class LaneSetting(NamedTuple):
           The solution, without a state, which counts if the lane has ended; where the
           lane is now; whether it has anything left to do.
         """
-        recipe, captured = self._recipe(hyperparam)
+        spec, captured = self._spec(hyperparam)
         ended = lambda s: s.minimiser.ended  # noqa: E731
-        solution, end, running = recipe.advance(
+        solution, end, running = advance(
+            spec,
             eqx.tree_at(ended, state, ended(state) | ~is_real),
             captured,
             self.max_steps,
@@ -109,23 +111,23 @@ class LaneSetting(NamedTuple):
         self, params: PyTree, hyperparam: PyTree
     ) -> tuple[Array, PyTree]:
         """What is evaluated at each step."""
-        recipe, captured = self._recipe(hyperparam)
-        return jax.value_and_grad(recipe.loss)(params, captured)
+        spec, captured = self._spec(hyperparam)
+        return jax.value_and_grad(spec.program.loss)(params, captured)
 
-    def _recipe(self, hyperparam: PyTree) -> tuple[Recipe, list[Array]]:
+    def _spec(self, hyperparam: PyTree) -> tuple[SolveSpec, list[Array]]:
         loss_fn = functools.partial(_call, self.loss_fn, hyperparam)
         objective = trace(loss_fn, self.params, grad=self.grad)
-        recipe = Recipe(
+        spec = SolveSpec(
             objective.program,
             of_lane(self.optimizer, hyperparam),
-            self.dtypes,
+            tuple(self.dtypes),
             self.int_dtype,
             self.float_dtype,
             tests=self.tests,
             history=self.history,
-            watch=self.watch,
+            callbacks=self.callbacks,
         )
-        return recipe, objective.captured
+        return spec, objective.captured
 
 
 def _call(loss_fn: Callable[..., Any], hyperparam: PyTree, params: PyTree) -> Any:

@@ -18,8 +18,8 @@ from .._jax.x64 import caller_dtype, float64_struct, inside_region
 from .._solver.compiled_callbacks import watch
 from .._solver.minimiser import Tolerance
 from .._solver.optimizers import DEFAULT_OPTIMIZER, closed_over
-from .._solver.recipe import Tolerances
 from .._solver.solution import Solution, throw_failure
+from .._solver.spec import Tolerances
 from .._solver.state import SolverState
 from .._typing import PyTree
 from .._validation import (
@@ -186,7 +186,7 @@ def sweep(
         optimizer,
         tolerances,
         max_steps,
-        watch=None,
+        callbacks=None,
         callback_consts=(),
         params=jax.tree.map(float64_struct, lanes.first(0)),
         dtypes=[caller_dtype(x, in_program=False) for x in jax.tree.leaves(params)],
@@ -199,7 +199,7 @@ def sweep(
     if compiled or on_host:
         callbacks, callback_consts = watch(combine(*compiled), like[0])
         check_untraced("what `callback` closes over", callback_consts)
-        setting = setting._replace(watch=callbacks, callback_consts=callback_consts)
+        setting = setting._replace(callbacks=callbacks, callback_consts=callback_consts)
     if state is not None:
         count = lanes.count
         in_lanes = [

@@ -16,7 +16,7 @@ from compiling import compilations
 from jaxtyping import PyTree
 
 from jaxmf_opt import CallbackArgs, optimize
-from jaxmf_opt._solver.recipe import _compiled as compiled
+from jaxmf_opt._solver.compilation import cached as compiled
 
 START = {"x": np.array([1.2, -0.5], np.float32), "y": np.float32(2.0)}
 

@@ -434,9 +434,9 @@ class TestThreeProcesses:
 
     def test_parts(self):
         """Devices take lanes in their order, whosever they are."""
-        parts = _processes.parts(fake_mesh(2, 0, 1, 0), 8)
+        parts = _processes.lanes_by_process(fake_mesh(2, 0, 1, 0), 8)
         assert [p.tolist() for p in parts] == [[2, 3, 6, 7], [4, 5], [0, 1]]
-        (whole,) = _processes.parts(fake_mesh(1, 1), 8)
+        (whole,) = _processes.lanes_by_process(fake_mesh(1, 1), 8)
         assert whole.tolist() == list(range(8))
 
 
