@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmf_opt import optimize
+from jaxmf_opt import optimize, sweep
 from jaxmf_opt._jax.structure import CACHE_SIZE
 from jaxmf_opt._solver.compilation import cached as compiled
 from jaxmf_opt._solver.objective import trace
@@ -47,6 +47,24 @@ def test_fresh_closures_leave_nothing_behind():
     more = live()
     assert more[:2] == (specs, programs)
     assert more[2] - objects < 150  # one for every other solve would be a leak
+
+
+def test_programs_that_are_traced_anew_leave_nothing_behind():
+    start = jnp.zeros(3)
+
+    def loss(y: jax.Array, c: jax.Array) -> jax.Array:
+        return jnp.sum((y - c.astype(y.dtype)) ** 2)
+
+    def many(count: int) -> None:
+        for i in range(count):
+            jax.make_jaxpr(lambda c: optimize(lambda y: loss(y, c), start))(start)
+            sweep(loss, start, jnp.arange(2.0) + i)
+
+    many(2)
+    *_, objects = live()
+    many(4)
+    *_, more = live()
+    assert more - objects < 200
 
 
 def test_programs_that_were_not_used_for_long_are_forgotten():

@@ -4,6 +4,7 @@ Both are pure functions of a specification and of arrays; `compilation.py` has t
 compiled. They are to be called, or traced, with 64-bit types.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,10 @@ from .solution import Solution
 from .spec import SolveSpec, Tolerances
 from .state import Evaluations, History, MinimiserState, Movement, SolverState
 from .stationarity import StoppingMinimiser, stalled_at_minimum
+
+# optimistix has it jitted, with the loss as a static argument: JAX then keeps the last
+# thousands of them, and a megabyte for each. Here it is a part of a program already.
+_optimistix_minimise = inspect.unwrap(optx.minimise)
 
 
 class StepOutput(NamedTuple):
@@ -167,7 +172,7 @@ def _minimise(
     options: dict[str, Any] = {"limit": limit, "history": spec.history}
     if state is not None:
         options["state"] = state
-    solution = optx.minimise(
+    solution = _optimistix_minimise(
         spec.program.loss,
         minimiser,
         y,
