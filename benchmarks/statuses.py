@@ -31,7 +31,6 @@ from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER, solve
 from jaxmf_opt.sweeps import sweep
 
 from .common import progress
-from .problems import Problem, unconstrained_cutest
 
 LANES, POINTS = 100, 30
 RTOL, GTOL = 1e-6, 1e-6
@@ -200,7 +199,7 @@ def _is_right(
     return (end - least <= allowed) | plateau | is_gtol_met
 
 
-def judge_cutest(problem: Problem) -> list[Verdict]:
+def judge_cutest(problem: Any) -> list[Verdict]:
     """The same of one problem: by each optimizer, with `rtol` and with `gtol`."""
 
     def loss(y: Any) -> Any:
@@ -247,6 +246,9 @@ def judge_cutest(problem: Problem) -> list[Verdict]:
 
 
 def cutest() -> None:
+    # Not for the tests of this file: sif2jax switches x64 on for the whole process.
+    from .problems import unconstrained_cutest
+
     every = list(unconstrained_cutest(50))
     ways = [(o, t) for o in OPTIMIZERS for t in ("rtol", "gtol")]
     successful, false = np.zeros(len(ways), int), np.zeros(len(ways), int)
