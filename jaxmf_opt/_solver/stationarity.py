@@ -37,8 +37,9 @@ class _KnowsItsEnd(Protocol):
         ...
 
 
-# Steps along the gradient are tried that differ by so many powers of 10.
-_DECADES = 16
+# So many steps along the gradient are tried, each 100 times as short as the last one:
+# where one of them leads past a minimum, the next is at least 1% of the way there.
+_LENGTHS = 8
 
 
 def is_default(optimizer: optax.GradientTransformation) -> bool:
@@ -156,11 +157,12 @@ def stalled_at_minimum(
 
     def goes_on(carry: tuple[Array, Array]) -> Array:
         trial, found = carry
-        return is_flat & ~found & (trial < 2 * _DECADES)
+        return is_flat & ~found & (trial < 2 * _LENGTHS)
 
     def probe(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         trial, _ = carry
-        step = size * 10.0 ** -(trial // 2).astype(flat.dtype) * directions[trial % 2]
+        length = size * 100.0 ** -(trial // 2).astype(flat.dtype)
+        step = length * directions[trial % 2]
         return trial + 1, loss_fn(unravel(flat - step)) < state.loss - noise
 
     start = (jnp.array(0), jnp.array(False))
