@@ -31,7 +31,7 @@ CONDITIONS = {
 
 
 def _system(kind: str, n: int, condition: float) -> tuple[np.ndarray, np.ndarray]:
-    """The matrix, and the derivative along `ones - first unit vector`."""
+    """The matrix, and the derivative along `_direction(n)`."""
     rng = np.random.default_rng(n)
     size = n - 1 if kind in ("masked", "constant along 1") else n
     q = np.linalg.qr(rng.normal(size=(size, size)))[0]
@@ -52,8 +52,9 @@ def _system(kind: str, n: int, condition: float) -> tuple[np.ndarray, np.ndarray
 
 
 def _direction(n: int) -> np.ndarray:
-    v = np.ones(n)
-    v[0] = 0.0
+    """Alternating signs: in the range of all kinds, for an even n."""
+    v = np.where(np.arange(n) % 2 == 0, 1.0, -1.0)
+    v[[0, -1]] = 0.0
     return v
 
 
