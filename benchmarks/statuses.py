@@ -260,9 +260,9 @@ def cutest() -> None:
             if verdict.false[0]:
                 print(f"FALSE: {problem.name}, {optimizer}, {tolerance}", flush=True)
         jax.clear_caches()
-    for (optimizer, tolerance), *numbers in zip(ways, successful, false, strict=True):
-        print(f"{optimizer:8} {tolerance:5} {numbers[0]:4} of {len(every)} successful,")
-        print(f"{'':14} {numbers[1]:4} of them falsely", flush=True)
+    for way, count, wrong in zip(ways, successful, false, strict=True):
+        counts = f"{count:4} of {len(every)} successful, {wrong} of them falsely"
+        print("{:8} {:5}".format(*way), counts, flush=True)
 
 
 def main() -> None:

@@ -306,9 +306,10 @@ SOME = ["scan", "solve", "fft"]
 
 
 def cells() -> Iterator[tuple[str, str, bool]]:
-    """Ways, losses and whether x64 is on: each pair of two of them at least once.
+    """Ways, losses and whether x64 is on.
 
-    (All triples would say the same four times as slowly.)
+    Each way and each loss, with x64 and without; of the ways, two with every loss. (All
+    ways with all losses take four times as long.)
     """
     losses = list(LOSSES)
     for i, way in enumerate(WAYS):
