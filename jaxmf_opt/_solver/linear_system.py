@@ -38,6 +38,9 @@ _COLUMNS = 256
 # have been scaled to the same size. The rounding error of a Hessian is about that.
 RCOND = 1e-13
 
+# Up to this condition a matrix, scaled like that, is regular, and simply inverted.
+_REGULAR = 1e10
+
 # How well an iterative solver has to solve: the residual over the right-hand side, or
 # over the size of the matrix times that of the solution, which is rounding.
 _RTOL = 1e-12
@@ -78,18 +81,38 @@ def group_inverse(
 def _group_inverse(
     matrix: Float[Array, "n n"], null: Float[Array, " n"], *, symmetric: bool
 ) -> Float[Array, "n n"]:
-    n = matrix.shape[0]
     # Without the barrier XLA's CPU backend fuses an FFT's transposed output into the
     # factorisation, and then fails on its layout.
     matrix = jax.lax.optimization_barrier(matrix)
+    # What is known to be singular is made regular: the direction `null`, and variables
+    # that are in nothing.
     matrix = _without_null(_without_null(matrix, null).T, null).T
-    # A variable that is in nothing is singular by itself.
     absent = jnp.all(matrix == 0, axis=0) & jnp.all(matrix == 0, axis=1)
+    size = jnp.max(jnp.abs(matrix))
+    matrix = matrix + size * jnp.tensordot(null, null, axes=0)
     matrix = matrix + jnp.diag(jnp.where(absent, 1.0, 0.0))
     rows, columns = _equilibrate(matrix)
     if symmetric:
         rows = columns = jnp.exp2(jnp.round(jnp.log2(rows * columns) / 2))
     scaled = rows[:, None] * matrix * columns[None, :]
+    inverse = _inverse(scaled, definite=symmetric)
+    condition = _norm_1(scaled) * _norm_1(inverse)
+    inverse = jax.lax.cond(
+        condition <= _REGULAR,
+        lambda: columns[:, None] * inverse * rows[None, :],
+        lambda: _inverse_on_range(scaled, rows, columns, symmetric),
+    )
+    inverse = _without_null(_without_null(inverse, null).T, null).T
+    return jnp.where(absent[:, None] | absent[None, :], 0.0, inverse)
+
+
+def _inverse_on_range(
+    scaled: Float[Array, "n n"],
+    rows: Float[Array, " n"],
+    columns: Float[Array, " n"],
+    symmetric: bool,
+) -> Float[Array, "n n"]:
+    """The group inverse of a matrix of which scaled rows and columns are given."""
     if symmetric:
         values, left = jnp.linalg.eigh((scaled + scaled.T) / 2)
         right = left
@@ -97,6 +120,7 @@ def _group_inverse(
         left, values, right = jnp.linalg.svd(scaled)
         right = right.T
     size = jnp.abs(values)
+    n = values.size
     kept = size > max(RCOND, n * np.finfo(float).eps) * jnp.max(size)
     reciprocal = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
     inverse = (right * reciprocal[None, :]) @ left.T
@@ -108,10 +132,21 @@ def _group_inverse(
     left_null = jnp.where(kept[None, :], 0.0, rows[:, None] * left)
     right_null, left_null = map(_unit_columns, (right_null, left_null))
     overlap = left_null.T @ right_null + jnp.diag(jnp.where(kept, 1.0, 0.0))
-    outside = right_null @ jnp.linalg.solve(overlap, left_null.T)
+    outside = right_null @ _inverse(overlap, definite=symmetric) @ left_null.T
     inverse = inverse - outside @ inverse
-    inverse = inverse - inverse @ outside
-    return jnp.where(absent[:, None] | absent[None, :], 0.0, inverse)
+    return inverse - inverse @ outside
+
+
+def _inverse(x: Float[Array, "n n"], *, definite: bool) -> Float[Array, "n n"]:
+    """The inverse; not finite if there is none, or if `x` is not positive definite."""
+    if not definite:
+        return jnp.linalg.inv(x)
+    factor = jnp.linalg.cholesky(x, symmetrize_input=False)
+    return jax.scipy.linalg.cho_solve((factor, True), jnp.eye(x.shape[0]))
+
+
+def _norm_1(x: Float[Array, "n n"]) -> Float[Array, ""]:
+    return jnp.max(jnp.sum(jnp.abs(x), axis=0))
 
 
 def _without_null(x: Array, null: Float[Array, " n"]) -> Array:
@@ -285,43 +320,56 @@ class MatrixFree:
 
         # A second system shows whether the solution is the one that is wanted. In other
         # units other solutions have the smallest norm, so there must be only one. In
-        # those of the variables it must be in the range, and not out of proportion.
+        # those of the variables it must be in the range, and not out of proportion; the
+        # system need not be solved as exactly, and cannot be if `x` is off by rounding.
         probe = _random(b.size)
 
-        def solve_and_check(rhs: Array, _: Any) -> tuple[Array, tuple[Array, Array]]:
-            x = self._solve_once(scaled, known.size, rhs)
+        rtols = jnp.stack([_RTOL, jnp.where(is_scaled, _RTOL, 1e-5)])
+
+        def solve_and_check(
+            rhs: Array, rtol: Array
+        ) -> tuple[Array, tuple[Array, Array]]:
+            x = self._solve_once(scaled, known.size, rhs, rtol)
             return jnp.where(is_scaled, scaled(probe), x), (rhs, x)
 
         # (A loop of two turns, to be compiled once.)
-        _, (rhs, x) = jax.lax.scan(solve_and_check, units * b, length=2)
+        _, (rhs, x) = jax.lax.scan(solve_and_check, units * b, rtols)
         is_regular = _is_near(x[1], probe, 1e-3)
         lengths = jnp.linalg.norm(x, axis=1)
-        is_in_range = _is_near(scaled(x[1]), rhs[1], 1e-6)
+        is_in_range = _is_near(scaled(x[1]), rhs[1], 1e-4)
         is_in_range &= known.size * lengths[1] <= 1e11 * lengths[0]
         is_right = jnp.where(is_scaled, is_regular, is_in_range)
         return units * jnp.where(is_right, x[0], jnp.nan)
 
     def _solve_once(
-        self, product: Callable[[Array], Array], size: Array, b: Array
+        self, product: Callable[[Array], Array], size: Array, b: Array, rtol: Array
     ) -> Array:
         if self.solver is not None:
-            rtol, atol = (getattr(self.solver, name, 0.0) for name in ("rtol", "atol"))
-            rtol = jnp.maximum(10 * rtol, _RTOL)
+            own, atol = (getattr(self.solver, name, 0.0) for name in ("rtol", "atol"))
+            rtol = jnp.maximum(10 * own, rtol)
             atol = 10 * b.size**0.5 * jnp.asarray(atol, float)
             x = _compute(self.solver, product, b, self.symmetric)
             return jnp.where(_is_solution(product, size, x, b, rtol, atol), x, jnp.nan)
-        x, is_solved = jnp.zeros_like(b), jnp.array(False)
+        x, rest = jnp.zeros_like(b), b
         if self.symmetric:
-            x, _ = jsl.cg(product, b, tol=1e-14, maxiter=20 * b.size)
-            is_solved = _is_solution(product, size, x, b, _RTOL)
-        # (Of 0 the solution is known at once.)
-        rest = jnp.where(is_solved, 0.0, b)
-        lsmr = lx.LSMR(
-            rtol=_BACKWARD, atol=0.0, conlim=1 / RCOND, max_steps=10 * b.size
-        )
-        y = _compute(lsmr, product, rest, symmetric=False)
-        y = jnp.where(_is_solution(product, size, y, rest, _RTOL), y, jnp.nan)
-        return jnp.where(is_solved, x, y)
+            # Conjugate gradients that go on where rounding lets them get no further
+            # drift off, along a null space above all. A part of the way at a time, each
+            # from a residual that was computed, they never come there.
+            def refine(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                x, rest = carry
+                y = x + jsl.cg(product, rest, tol=1e-7, maxiter=10 * b.size)[0]
+                is_better = jnp.linalg.norm(b - product(y)) < jnp.linalg.norm(rest)
+                x = jnp.where(is_better, y, x)
+                is_solved = _is_solution(product, size, x, b, 0.01 * rtol)
+                return x, jnp.where(is_solved, 0.0, b - product(x))
+
+            x, rest = jax.lax.fori_loop(0, 3, refine, (x, rest))
+        # (Of 0 the solution is known at once. LSMR measures by an estimate of the
+        # matrix's size that is up to n**0.5 times too large; its own estimate of the
+        # residual goes on falling below rounding.)
+        lsmr = lx.LSMR(rtol=1e-17, atol=0.0, conlim=1 / RCOND, max_steps=10 * b.size)
+        x = x + _compute(lsmr, product, rest, symmetric=False)
+        return jnp.where(_is_solution(product, size, x, b, rtol), x, jnp.nan)
 
 
 class _Known(NamedTuple):

@@ -86,6 +86,17 @@ def test_against_the_inverse(n: int, kind: str, solver: Any):
                 assert error < 1e-13 * n * condition, (condition, units)
 
 
+@pytest.mark.parametrize("kind", ["regular", "singular", "skewed"])
+def test_without_a_matrix_it_is_of_use(kind: str):
+    """At a moderate condition there is a number, of a size that takes many products."""
+    n = 256
+    with jax.enable_x64():
+        matrix, inverse = of_kind(kind, n, 1e2)
+        b = matrix @ np.random.default_rng(1).normal(size=n)
+        got = compiled(n, kind in SYMMETRIC)(matrix, b)
+        np.testing.assert_allclose(got, inverse @ b, rtol=0, atol=1e-10)
+
+
 def test_derivatives_of_the_group_inverse():
     """Along a path of matrices of one rank, against differences."""
     with jax.enable_x64():
