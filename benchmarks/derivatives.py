@@ -5,7 +5,7 @@ an `H` that is not symmetric (grad=True); of the first kind with a masked parame
 constant along a direction. `H` has singular values from 1 down to 1 / condition.
 Printed are the seconds of a product with the derivative (compiled before) and its
 relative error; "NaN" is what a system gives that was not solved. The library makes a
-matrix up to the size that `_solver/linear_system.py` names.
+matrix up to the size that `_solver/implicit.py` names.
 """
 
 from typing import Any

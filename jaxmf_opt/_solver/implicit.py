@@ -28,11 +28,16 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.x64 import x64_region
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
-from .linear_system import DIRECT_SIZE, MatrixFree, as_matrix, group_inverse
+from .group_inverse import as_matrix, group_inverse
+from .linear_system import MatrixFree
 from .objective import Program
 from .solution import Solution
 from .spec import SolveSpec, Tolerances
 from .state import SolverState
+
+# Up to this many parameters A is made into a matrix and factorised; above, it is only
+# multiplied. There the factorisation takes seconds, and the matrix 32 MiB.
+DIRECT_SIZE = 2048
 
 
 def solve_in_program(

@@ -1,19 +1,9 @@
-"""Linear systems whose solution is right, or NaN.
+"""Linear systems of which only products are known, whose solution is right, or NaN.
 
-The matrix `A` of the derivative of a minimum may be singular: the Hessian of a loss
-that does not depend on the scale of its parameters is, and so is the Jacobian of a
-gradient that is masked or projected. What is wanted is the group inverse `A#`, of which
-
-    A A# = A# A    and    A A# A = A.
-
-For a symmetric matrix that is the pseudo-inverse: `A# b` is the solution of smallest
-norm. For others it is the solution that an iteration can move to, whose steps are
-combinations of gradients. See Meyer, The role of the group generalized inverse in the
-theory of finite Markov chains, https://doi.org/10.1137/1017044.
+The solution that is wanted is that by the group inverse, see `group_inverse.py`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,177 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._jax.x64 import x64_region
-
-# Up to this many parameters A is made into a matrix and factorised; above, it is only
-# multiplied. There the factorisation takes seconds, and the matrix 32 MiB.
-DIRECT_SIZE = 2048
-
-# As many columns of A are computed at the same time.
-_COLUMNS = 256
-
-# Singular values below this part of the largest one count as 0, after rows and columns
-# have been scaled to the same size. The rounding error of a Hessian is about that.
-RCOND = 1e-13
-
-# Up to this condition a matrix, scaled like that, is regular, and simply inverted.
-_REGULAR = 1e10
+from .group_inverse import RCOND, without_null
 
 # How well an iterative solver has to solve: the residual over the right-hand side, or
 # over the size of the matrix times that of the solution, which is rounding.
 _RTOL = 1e-12
 _BACKWARD = 4e-15
-
-
-def as_matrix(product: Callable[[Array], Array], n: int) -> Float[Array, "n n"]:
-    """The matrix of a linear function, some columns at a time."""
-    eye = jnp.eye(n)
-    if n <= _COLUMNS:
-        return jax.vmap(product, out_axes=1)(eye)
-    return jax.lax.map(product, eye, batch_size=_COLUMNS).T
-
-
-def group_inverse(
-    matrix: Float[Array, "n n"], null: Float[Array, " n"], symmetric: bool
-) -> Float[Array, "n n"]:
-    """The group inverse of a matrix, differentiable as long as its rank is constant.
-
-    Rows and columns are scaled before it is decided what is singular, so the result
-    does not depend on the units of the variables unless the matrix is singular.
-
-    Args:
-      matrix: The matrix.
-      null: A unit vector that is known to be in the null space, from both sides, if
-        rounding or an inexact minimum do not let one see it; or zeros.
-      symmetric: Whether the matrix is symmetric.
-
-    Returns:
-      Its group inverse; NaN if the matrix is not finite.
-    """
-    inverse = functools.partial(_group_inverse, symmetric=symmetric)
-    return x64_region(
-        inverse, matrix, null, may_close=False, tangent=_tangent_of_group_inverse
-    )
-
-
-def _group_inverse(
-    matrix: Float[Array, "n n"], null: Float[Array, " n"], *, symmetric: bool
-) -> Float[Array, "n n"]:
-    # Without the barrier XLA's CPU backend fuses an FFT's transposed output into the
-    # factorisation, and then fails on its layout.
-    matrix = jax.lax.optimization_barrier(matrix)
-    # What is known to be singular is made regular: the direction `null`, and variables
-    # that are in nothing.
-    matrix = _without_null(_without_null(matrix, null).T, null).T
-    absent = jnp.all(matrix == 0, axis=0) & jnp.all(matrix == 0, axis=1)
-    size = jnp.max(jnp.abs(matrix))
-    matrix = matrix + size * jnp.tensordot(null, null, axes=0)
-    matrix = matrix + jnp.diag(jnp.where(absent, 1.0, 0.0))
-    rows, columns = _equilibrate(matrix)
-    if symmetric:
-        rows = columns = jnp.exp2(jnp.round(jnp.log2(rows * columns) / 2))
-    scaled = rows[:, None] * matrix * columns[None, :]
-    inverse = _inverse(scaled, definite=symmetric)
-    condition = _norm_1(scaled) * _norm_1(inverse)
-    inverse = jax.lax.cond(
-        condition <= _REGULAR,
-        lambda: columns[:, None] * inverse * rows[None, :],
-        lambda: _inverse_on_range(scaled, rows, columns, symmetric),
-    )
-    inverse = _without_null(_without_null(inverse, null).T, null).T
-    return jnp.where(absent[:, None] | absent[None, :], 0.0, inverse)
-
-
-def _inverse_on_range(
-    scaled: Float[Array, "n n"],
-    rows: Float[Array, " n"],
-    columns: Float[Array, " n"],
-    symmetric: bool,
-) -> Float[Array, "n n"]:
-    """The group inverse of a matrix of which scaled rows and columns are given."""
-    if symmetric:
-        values, left = jnp.linalg.eigh((scaled + scaled.T) / 2)
-        right = left
-    else:
-        left, values, right = jnp.linalg.svd(scaled)
-        right = right.T
-    size = jnp.abs(values)
-    n = values.size
-    kept = size > max(RCOND, n * np.finfo(float).eps) * jnp.max(size)
-    reciprocal = jnp.where(kept, 1 / jnp.where(kept, values, 1.0), 0.0)
-    inverse = (right * reciprocal[None, :]) @ left.T
-    inverse = columns[:, None] * inverse * rows[None, :]
-    inverse = jnp.where(jnp.all(jnp.isfinite(values)), inverse, jnp.nan)
-    # That is an inverse on the range. It has to be projected, from both sides, onto the
-    # range and along the null space; which both are nothing new if there is none.
-    right_null = jnp.where(kept[None, :], 0.0, columns[:, None] * right)
-    left_null = jnp.where(kept[None, :], 0.0, rows[:, None] * left)
-    right_null, left_null = map(_unit_columns, (right_null, left_null))
-    overlap = left_null.T @ right_null + jnp.diag(jnp.where(kept, 1.0, 0.0))
-    outside = right_null @ _inverse(overlap, definite=symmetric) @ left_null.T
-    inverse = inverse - outside @ inverse
-    return inverse - inverse @ outside
-
-
-def _inverse(x: Float[Array, "n n"], *, definite: bool) -> Float[Array, "n n"]:
-    """The inverse; not finite if there is none, or if `x` is not positive definite."""
-    if not definite:
-        return jnp.linalg.inv(x)
-    factor = jnp.linalg.cholesky(x, symmetrize_input=False)
-    return jax.scipy.linalg.cho_solve((factor, True), jnp.eye(x.shape[0]))
-
-
-def _norm_1(x: Float[Array, "n n"]) -> Float[Array, ""]:
-    return jnp.max(jnp.sum(jnp.abs(x), axis=0))
-
-
-def _without_null(x: Array, null: Float[Array, " n"]) -> Array:
-    """What of a vector, or of columns, is orthogonal to a unit vector."""
-    return x - jnp.tensordot(null, null @ x, axes=0)
-
-
-def _unit_columns(x: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    length = jnp.linalg.norm(x, axis=0, keepdims=True)
-    return x / jnp.where(length > 0, length, 1.0)
-
-
-def _equilibrate(
-    matrix: Float[Array, "n n"],
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """Powers of two for rows and columns, which make their largest elements about 1.
-
-    See Ruiz, A scaling algorithm to equilibrate both rows and columns norms in
-    matrices, RAL-TR-2001-034.
-    """
-    size = jnp.abs(matrix)
-
-    def once(_: Any, factors: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows, columns = factors
-        scaled = rows[:, None] * size * columns[None, :]
-
-        def factor(largest: Array) -> Array:
-            # A row of zeros has no size; a nan must stay one.
-            root = jnp.exp2(-jnp.round(jnp.log2(largest) / 2))
-            return jnp.where(largest == 0, 1.0, root)
-
-        return rows * factor(scaled.max(1)), columns * factor(scaled.max(0))
-
-    ones = jnp.ones(matrix.shape[0])
-    return jax.lax.fori_loop(0, 12, once, (ones, ones))
-
-
-def _tangent_of_group_inverse(
-    matrix: Array, null: Array, inverse: Array, dots: tuple[Array | None, Any]
-) -> Array | None:
-    # Golub and Pereyra, https://doi.org/10.1137/0710036, for the pseudo-inverse; Meyer
-    # and Stewart, https://doi.org/10.1137/0725031, for the group inverse.
-    def tangent(a: Array, null: Array, s: Array, da: Array) -> Array:
-        outside = jnp.eye(a.shape[0]) - _without_null(a @ s, null)
-        square = s @ s
-        return -s @ da @ s + square @ da @ outside + outside @ da @ square
-
-    if dots[0] is None:
-        return None
-    return x64_region(tangent, matrix, null, inverse, dots[0], may_close=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +85,7 @@ class MatrixFree:
 
     def _apply(self, at: "_At", b: Array) -> Array:
         def project(v: Array) -> Array:
-            return _without_null(v, at.known.null)
+            return without_null(v, at.known.null)
 
         def product(v: Array) -> Array:
             return project(self._multiply(at, project(v)))
@@ -300,7 +125,7 @@ class MatrixFree:
             rhs = rhs + self._solve(at, move(jnp.where(is_outside, rest, 0.0)))
             null = move(self._solve(at, x))
             # (One solve does for both.)
-            null_in_range = _without_null(self._multiply(at, null), at.known.null)
+            null_in_range = without_null(self._multiply(at, null), at.known.null)
             return null + self._solve(at, rhs - null_in_range)
 
         return x64_region(tangent, at, b, x, dots, may_close=False)
@@ -349,27 +174,49 @@ class MatrixFree:
             rtol = jnp.maximum(10 * own, rtol)
             atol = 10 * b.size**0.5 * jnp.asarray(atol, float)
             x = _compute(self.solver, product, b, self.symmetric)
-            return jnp.where(_is_solution(product, size, x, b, rtol, atol), x, jnp.nan)
-        x, rest = jnp.zeros_like(b), b
+            is_solved = _is_solved(product, size, x, b - product(x), b, rtol, atol)
+            return jnp.where(is_solved, x, jnp.nan)
+
+        def solve(
+            solver: Callable[[Array], Array],
+            turns: int,
+            rtol: Array,
+            at: _Approximation,
+        ) -> _Approximation:
+            """Adds solutions for what is left, until that is small: then it is 0."""
+
+            def once(_: Any, at: _Approximation) -> _Approximation:
+                move = solver(at.rest)
+                rest = at.rest - product(move)
+                is_no_worse = jnp.linalg.norm(rest) <= 1.01 * jnp.linalg.norm(at.rest)
+                x = jnp.where(is_no_worse, at.x + move, at.x)
+                rest = jnp.where(is_no_worse, rest, at.rest)
+                is_solved = _is_solved(product, size, x, rest, b, rtol)
+                return _Approximation(x, jnp.where(is_solved, 0.0, rest))
+
+            return jax.lax.fori_loop(0, turns, once, at)
+
+        at = _Approximation(jnp.zeros_like(b), b)
         if self.symmetric:
             # Conjugate gradients that go on where rounding lets them get no further
-            # drift off, along a null space above all. A part of the way at a time, each
-            # from a residual that was computed, they never come there.
-            def refine(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                x, rest = carry
-                y = x + jsl.cg(product, rest, tol=1e-7, maxiter=10 * b.size)[0]
-                is_better = jnp.linalg.norm(b - product(y)) < jnp.linalg.norm(rest)
-                x = jnp.where(is_better, y, x)
-                is_solved = _is_solution(product, size, x, b, 0.01 * rtol)
-                return x, jnp.where(is_solved, 0.0, b - product(x))
-
-            x, rest = jax.lax.fori_loop(0, 3, refine, (x, rest))
+            # drift off, along a null space above all. A part of the way at a time they
+            # never come there.
+            cg = lambda b: jsl.cg(product, b, tol=1e-7, maxiter=10 * b.size)[0]  # noqa: E731
+            at = solve(cg, 3, 0.01 * rtol, at)
         # (Of 0 the solution is known at once. LSMR measures by an estimate of the
         # matrix's size that is up to n**0.5 times too large; its own estimate of the
-        # residual goes on falling below rounding.)
+        # residual goes on falling below rounding. The second time it shows that what is
+        # left is outside of the range.)
         lsmr = lx.LSMR(rtol=1e-17, atol=0.0, conlim=1 / RCOND, max_steps=10 * b.size)
-        x = x + _compute(lsmr, product, rest, symmetric=False)
-        return jnp.where(_is_solution(product, size, x, b, rtol), x, jnp.nan)
+        at = solve(lambda b: _compute(lsmr, product, b, symmetric=False), 2, rtol, at)
+        return jnp.where(jnp.all(at.rest == 0), at.x, jnp.nan)
+
+
+class _Approximation(NamedTuple):
+    """An approximate solution, and what it leaves of the right-hand side."""
+
+    x: Float[Array, " n"]
+    rest: Float[Array, " n"]
 
 
 class _Known(NamedTuple):
@@ -429,21 +276,20 @@ def _compute(
     return solver.compute(solver.init(operator, {}), b, {})[0]
 
 
-def _is_solution(
+def _is_solved(
     product: Callable[[Array], Array],
     size: Array,
     x: Array,
+    rest: Array,
     b: Array,
     rtol: Any,
     atol: Any = 0.0,
 ) -> Bool[Array, ""]:
-    """Whether a residual is small, or as small as it can be made."""
-    transpose = jax.linear_transpose(product, x)
-    rest = b - product(x)
+    """Whether a residual is small, or rounding, or outside of the matrix's range."""
     left = jnp.linalg.norm(rest)
     allowed = rtol * jnp.linalg.norm(b) + atol
     allowed = jnp.maximum(allowed, _BACKWARD * size * jnp.linalg.norm(x))
-    slope = jnp.linalg.norm(transpose(rest)[0])
+    slope = jnp.linalg.norm(jax.linear_transpose(product, x)(rest)[0])
     return (left <= allowed) | (slope <= (rtol + _BACKWARD) * size * left)
 
 

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from jaxmf_opt import optimize
-from jaxmf_opt._solver.linear_system import MatrixFree, group_inverse
+from jaxmf_opt._solver.group_inverse import group_inverse
+from jaxmf_opt._solver.linear_system import MatrixFree
 
 CONDITIONS = [1.0, 1e4, 1e8, 1e12]
 
