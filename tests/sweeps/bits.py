@@ -1,5 +1,6 @@
 """Comparing pytrees to the last bit."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,3 +28,11 @@ def assert_same_bits(got: Any, want: Any) -> None:
     for name, x in want.items():
         assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
         assert got[name].tobytes() == x.tobytes(), name
+
+
+def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Of each file, when it was written and what is in it."""
+    files = directory.glob("[!.]*")  # a killed process may leave one with a dot
+    return {
+        p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in files if p.is_file()
+    }
