@@ -8,9 +8,8 @@ import optax
 from jaxtyping import Array, Float
 
 from ._solve import minimise
-from ._solver.minimiser import Tolerance
 from ._solver.optimizers import DEFAULT_OPTIMIZER
-from ._typing import Y
+from ._typing import Tolerance, Y
 from .callbacks._args import CallbackFnType, no_callback
 
 

@@ -13,11 +13,11 @@ from jaxtyping import Array
 
 from ._jax.debugging import alarms, no_alarms, own_transfers, raise_alarm
 from ._jax.fork import check_process
-from ._jax.x64 import caller_dtype, float64_struct, inside_region, is_traced
+from ._jax.staging import inside_region
+from ._jax.x64 import caller_dtype, float64_struct, is_traced
 from ._solver.compilation import compiled
-from ._solver.compiled_callbacks import watch
+from ._solver.compiled_callbacks import CompiledCallbacks, compile_callbacks
 from ._solver.implicit import solve_in_program
-from ._solver.minimiser import Tolerance
 from ._solver.objective import trace
 from ._solver.optimizers import DEFAULT_OPTIMIZER, closed_over
 from ._solver.resume import matches_problem, resume_state, start
@@ -25,7 +25,7 @@ from ._solver.solution import Solution, statuses, throw_failure
 from ._solver.spec import SolveSpec, Tolerances
 from ._solver.state import SolverState
 from ._solver.stepwise import solve_stepwise
-from ._typing import PyTree
+from ._typing import PyTree, Tolerance
 from ._validation import (
     check_callable,
     check_flag,
@@ -75,7 +75,7 @@ def solve(
       state: Where to go on: the `state` of a solution of the same problem, or what a
         `callbacks.Checkpoint` has kept of it. `params` then gives dtypes only. The
         steps that follow are those that the earlier run would have taken, to the bit.
-        Whether to stop is decided anew, by this call's tolerances and callback; a
+        Whether to stop is decided again, by this call's tolerances and callback; a
         state of a run with tolerances will do without, and the other way round.
       history: Whether to record each step.
       throw: Whether to raise if the result is no success. (Inside a compiled program
@@ -189,9 +189,9 @@ def minimise(
     arrays = (params, captured, tolerances, closed_over(optimizer), first)
     in_program = is_traced(arrays)
     of_program = [isinstance(c, traced) for c in callbacks]
-    compiled_callbacks, callback_consts = None, []
+    in_loop, callback_consts = None, []
     if any(of_program) or (callbacks and in_program):
-        compiled_callbacks, callback_consts = watch(callback, state_structs())
+        in_loop, callback_consts = compile_callbacks(callback, state_structs())
     # What traced callbacks close over may be traced, too.
     in_program = in_program or is_traced(callback_consts)
     stepwise = not (in_program or all(of_program))
@@ -203,7 +203,7 @@ def minimise(
         jnp.result_type(float),
         tests=tests,
         history=max_steps if history else None,
-        callbacks=None if stepwise else compiled_callbacks,
+        callbacks=CompiledCallbacks((), None) if stepwise else in_loop,
     )
     if first is not None and not in_program:
         with jax.enable_x64():
@@ -248,5 +248,5 @@ def _check_problem(spec: SolveSpec, captured: Sequence[Array], state: Any) -> No
         raise ValueError(
             "`state` must be that of a solve of the same problem; its last loss is "
             f"{float(last.loss):.12g}, and `loss_fn` is {float(there):.12g} at the "
-            "same point. To start anew from there, give its point as `params`."
+            "same point. To start again from there, give its point as `params`."
         )

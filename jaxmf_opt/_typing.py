@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import chex
+import numpy as np
+from jaxtyping import Array, Float
 
 if TYPE_CHECKING:
     # jaxtyping's says nothing to type checkers, which then call a whole function
@@ -18,3 +20,6 @@ ParamT = TypeVar("ParamT", bound=chex.ArrayTree)
 # optimistix's names: parameters or iterate, and what a loss returns beside its value.
 Y = TypeVar("Y")
 Aux = TypeVar("Aux")
+
+# A tolerance: a number, or an array so that it can be batched.
+Tolerance: TypeAlias = float | int | np.number | Float[Array | np.ndarray, ""]

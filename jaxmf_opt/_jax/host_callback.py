@@ -40,7 +40,7 @@ def call(
     Args:
       host: Who opened the run.
       run: Its number.
-      operands: What the listener is told; arrives as NumPy arrays, with all bits.
+      operands: The listener's arguments; they arrive as NumPy arrays, with all bits.
       active: Whether this lane takes part.
 
     Returns:

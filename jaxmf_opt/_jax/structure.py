@@ -23,7 +23,7 @@ from .lapack import evaluate_one_by_one
 # Compiled programs that are kept, each of them a few megabytes.
 CACHE_SIZE = 128
 
-# Derivative rules are functions, made anew by each trace. In a program that is only
+# Derivative rules are functions, recreated by each trace. In a program that is only
 # evaluated they are never called: these equations are what their jaxpr computes.
 _EVALUATED_ONLY = {
     "custom_jvp_call": ("call_jaxpr",),

@@ -44,7 +44,7 @@ def with_open_constants(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
       closed: A program. What it has jitted and holds arrays becomes a part of it.
 
     Returns:
-      The program, traced anew if anything has changed.
+      The program, traced again if anything has changed.
     """
     if not any(_has_own_constants(eqn) for eqn in closed.eqns):
         return closed

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._jax.debugging import alarms, guarded, undisturbed
 from .._jax.lapack import compile_one_by_one, uses_lapack
 from .._jax.structure import CACHE_SIZE
 from . import driver
-from .driver import StepOutput
 from .solution import Solution
 from .spec import SolveSpec
 from .state import SolverState
@@ -22,7 +21,7 @@ class Compiled(NamedTuple):
 
     solve: Callable[..., Solution]
     first_state: Callable[..., SolverState]
-    step: Callable[..., tuple[PyTree, PyTree, Array, StepOutput]]
+    step: Callable[..., SolverState]
     value_and_finish: Callable[..., Solution]
     judge_stall: Callable[..., Solution]
     loss: Callable[..., Array]

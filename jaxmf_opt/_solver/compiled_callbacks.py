@@ -13,13 +13,14 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Int, PyTree
+import optimistix as optx
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
+from optimistix import RESULTS
 
 from .._jax.host_callback import call, close_run, open_run
 from .._jax.host_runs import Listener
+from .._jax.staging import hoist, inside_region, struct
 from .._jax.structure import Structure
-from .._jax.x64 import hoist, inside_region, struct
 from .._typing import Aux, Y
 from ..callbacks._args import (
     CallbackArgs,
@@ -29,13 +30,12 @@ from ..callbacks._args import (
     flatten_callbacks,
     traced,
 )
-from .minimiser import Tolerance
+from .minimiser import LeanOptaxMinimiser
 from .state import MinimiserState, SolverState
-from .stationarity import StoppingMinimiser
 
 
 def callback_args(state: SolverState, step: Any) -> CallbackArgs:
-    """What a callback is told when a step has led to this state.
+    """The arguments of a callback after the step that has led to a state.
 
     Args:
       state: The state after the step.
@@ -131,7 +131,7 @@ class CompiledCallbacks(NamedTuple):
         return stop
 
 
-def watch(
+def compile_callbacks(
     callback: CallbackFnType, state: SolverState
 ) -> tuple[CompiledCallbacks, list[Array]]:
     """Makes a callback ready to be compiled.
@@ -187,39 +187,61 @@ def _checked(fn: traced, treedef: Any) -> Callable[..., Bool[Array, ""]]:
     return stop
 
 
-class MinimiserWithCallbacks(StoppingMinimiser[Y, Aux]):
-    """A minimiser that tells a callback of each step, and stops when it says so."""
+class MinimiserWithCallbacks(optx.AbstractMinimiser[Y, Aux, MinimiserState[Y, Aux]]):
+    """A minimiser that calls back after each step, and stops when asked to.
 
-    watch: CompiledCallbacks = eqx.field(static=True)
+    Attributes:
+      rtol, atol, norm: Those of the minimiser.
+      minimiser: Takes the steps.
+      callbacks: What is called.
+      run: The run of host callbacks, if there are any.
+      captured: The arrays that traced callbacks close over.
+    """
+
+    rtol: float
+    atol: float
+    norm: Callable[[PyTree], Scalar] = eqx.field(static=True)
+    minimiser: LeanOptaxMinimiser[Y, Aux]
+    callbacks: CompiledCallbacks = eqx.field(static=True)
     run: Int[Array, ""] | None
     captured: Sequence[Array]
 
     def __init__(
         self,
-        optim: optax.GradientTransformation,
-        tolerances: tuple[Tolerance, Tolerance, Tolerance],
-        watch: CompiledCallbacks,
+        minimiser: LeanOptaxMinimiser[Y, Aux],
+        callbacks: CompiledCallbacks,
         captured: Sequence[Array],
-        *,
-        stops: bool,
     ):
         """Opens the run: each solve needs a minimiser of its own.
 
         Args:
-          optim: An optax transformation.
-          tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
-          watch: Who is told.
-          captured: The arrays that `watch` needs.
-          stops: As of `StoppingMinimiser`.
+          minimiser: Takes the steps.
+          callbacks: What is called after them.
+          captured: The arrays that traced callbacks close over.
         """
-        super().__init__(optim, tolerances, stops=stops)
-        self.watch = watch
-        self.run = None if watch.host is None else open_run(watch.host)
+        self.rtol, self.atol = minimiser.rtol, minimiser.atol
+        self.norm = minimiser.norm
+        self.minimiser = minimiser
+        self.callbacks = callbacks
+        self.run = None if callbacks.host is None else open_run(callbacks.host)
         self.captured = captured
+
+    def init(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        f_struct: PyTree[jax.ShapeDtypeStruct],
+        aux_struct: PyTree[jax.ShapeDtypeStruct],
+        tags: frozenset[object],
+    ) -> MinimiserState[Y, Aux]:
+        """As that of the minimiser."""
+        return self.minimiser.init(fn, y, args, options, f_struct, aux_struct, tags)
 
     def step(
         self,
-        fn: Callable[[Y, Any], tuple[Any, Aux]],
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
         y: Y,
         args: PyTree,
         options: dict[str, Any],
@@ -227,31 +249,56 @@ class MinimiserWithCallbacks(StoppingMinimiser[Y, Aux]):
         tags: frozenset[object],
     ) -> tuple[Y, MinimiserState[Y, Aux], Aux]:
         """A step, and the callback behind it."""
-        new_y, new_state, aux = super().step(fn, y, args, options, state, tags)
+        new_y, new_state, aux = self.minimiser.step(fn, y, args, options, state, tags)
         moved = new_state.step > state.step
-        told = SolverState(new_y, new_state.with_history(None))
-        stop = self.watch.stop(self.run, self.captured, told, moved)
+        end = SolverState(new_y, new_state.with_history(None))
+        stop = self.callbacks.stop(self.run, self.captured, end, moved)
         interrupted = state.interrupted | (stop & moved)
-        return (
-            new_y,
-            eqx.tree_at(lambda s: s.interrupted, new_state, interrupted),
-            aux,
+        of = lambda s: s.interrupted  # noqa: E731
+        return new_y, eqx.tree_at(of, new_state, interrupted), aux
+
+    def terminate(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        args: PyTree,
+        options: dict[str, Any],
+        state: MinimiserState[Y, Aux],
+        tags: frozenset[object],
+    ) -> tuple[Bool[Array, ""], RESULTS]:
+        """As that of the minimiser."""
+        return self.minimiser.terminate(fn, y, args, options, state, tags)
+
+    def postprocess(
+        self,
+        fn: Callable[[Y, Any], tuple[Scalar, Aux]],
+        y: Y,
+        aux: Aux,
+        args: PyTree,
+        options: dict[str, Any],
+        state: MinimiserState[Y, Aux],
+        tags: frozenset[object],
+        result: RESULTS,
+    ) -> tuple[Y, Aux, dict[str, Any]]:
+        """As that of the minimiser."""
+        return self.minimiser.postprocess(
+            fn, y, aux, args, options, state, tags, result
         )
 
     def closed(self, tree: PyTree, state: MinimiserState[Y, Aux]) -> PyTree:
         """Closes the run that ended in a state.
 
         Args:
-          tree: All that is told of the run.
+          tree: All that is known of the run.
           state: The state.
 
         Returns:
           `tree`, in a way that nothing of it can be used before the run is closed.
         """
-        if self.watch.host is None:
+        if self.callbacks.host is None:
             return tree
         assert self.run is not None
-        done = close_run(self.watch.host, self.run, state.interrupted)
+        done = close_run(self.callbacks.host, self.run, state.interrupted)
 
         def behind(x: Any) -> Any:
             if not eqx.is_array(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):

@@ -6,7 +6,7 @@ compiled. They are to be called, or traced, with 64-bit types.
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,37 +17,18 @@ from optimistix import RESULTS
 
 from .._jax.varying import on_mesh
 from .compiled_callbacks import MinimiserWithCallbacks
+from .convergence import all_finite
 from .loop import Loop, Pause
-from .minimiser import LeanOptaxMinimiser, all_finite
+from .minimiser import LeanOptaxMinimiser
 from .resume import as_float64, matches_problem, start, with_history_buffer
 from .solution import Solution
 from .spec import SolveSpec, Tolerances
-from .state import Evaluations, History, MinimiserState, Movement, SolverState
-from .stationarity import StoppingMinimiser, stalled_at_minimum
+from .state import MinimiserState, SolverState
+from .stationarity import stalled_at_minimum
 
 # optimistix has it jitted, with the loss as a static argument: JAX then keeps the last
 # thousands of them, and a megabyte for each. Here it is a part of a program already.
 _optimistix_minimise = inspect.unwrap(optx.minimise)
-
-
-class StepOutput(NamedTuple):
-    """What a step returns, beside the point and the optimizer's state.
-
-    Attributes:
-      loss: The loss where the step started.
-      grad: The gradient there.
-      movement: The last step, if tolerances are looked at.
-      converged: Whether a tolerance was met, so that no step was made; likewise.
-      stalled: Whether no later step can move the point; likewise.
-      row: What is recorded of the step, of length 1, if anything is.
-    """
-
-    loss: Float[Array, ""]
-    grad: PyTree
-    movement: Movement | None
-    converged: Bool[Array, ""] | None
-    stalled: Bool[Array, ""] | None
-    row: History | None
 
 
 def solve(spec: SolveSpec, *operands: Any) -> Solution:
@@ -139,12 +120,8 @@ def advance(
     limit = jnp.asarray(max_steps)
     _, of = _minimise(spec, *state, captured, limit, tolerances, callback_consts, pause)
     end = SolverState(of.value, of.state)
-    # (optimistix says so of a loop that somebody else has ended.)
-    running = of.result == RESULTS.nonlinear_max_steps_reached
-    if spec.callbacks is not None:
-        running = ~end.minimiser.ended
     solution = _cast(spec, finish(spec, keep_state_alive(*end), limit))
-    return judge_stall(spec, solution, captured), end, running
+    return judge_stall(spec, solution, captured), end, ~end.minimiser.ended
 
 
 def _minimise(
@@ -156,20 +133,12 @@ def _minimise(
     tolerances: Tolerances,
     callback_consts: Sequence[Array],
     pause: Pause | None = None,
-) -> tuple[LeanOptaxMinimiser, optx.Solution]:
+) -> tuple[LeanOptaxMinimiser | MinimiserWithCallbacks, optx.Solution]:
     """The loop itself."""
-    tolerances = _tolerances(spec, tolerances)
-    if spec.callbacks is None:
-        minimiser = StoppingMinimiser(spec.optimizer, tolerances)
-    else:
-        minimiser = MinimiserWithCallbacks(
-            spec.optimizer,
-            tolerances,
-            spec.callbacks,
-            callback_consts,
-            stops=spec.tests,
-        )
-    options: dict[str, Any] = {"limit": limit, "history": spec.history}
+    minimiser = _minimiser(spec, tolerances)
+    if spec.callbacks is not None:
+        minimiser = MinimiserWithCallbacks(minimiser, spec.callbacks, callback_consts)
+    options = _options(spec, limit)
     if state is not None:
         options["state"] = state
     solution = _optimistix_minimise(
@@ -179,7 +148,7 @@ def _minimise(
         captured,
         options=options,
         max_steps=None,
-        adjoint=Loop(spec.callbacks is not None, pause),
+        adjoint=Loop(pause),
         throw=False,
     )
     return minimiser, solution
@@ -270,62 +239,57 @@ def _in_range(spec: SolveSpec, x: Array) -> Array:
 
 def first_state(spec: SolveSpec, params: PyTree) -> SolverState:
     """The float64 point and the state before the first step."""
-    return start(spec.optimizer, params, tests=spec.tests)
+    return start(spec.optimizer, params, tests=spec.tests, history=spec.history)
 
 
 def step(
     spec: SolveSpec,
-    y: PyTree,
-    opt_state: PyTree,
-    counters: Int[Array, "3"],
-    before: tuple[Movement, Float[Array, ""]] | None,
+    state: SolverState,
     captured: Sequence[Array],
+    limit: Int[Array, ""],
     tolerances: Tolerances | None,
-) -> tuple[PyTree, PyTree, Int[Array, "3"], StepOutput]:
-    """One step, of no more arrays than it takes: each of them costs at a call.
+) -> SolverState:
+    """One step of a solve whose callbacks are called from Python.
 
     Args:
       spec: What to solve, and how.
-      y: The point.
-      opt_state: The state of the optax transformation.
-      counters: How many steps may be taken (0: `y` is evaluated and not moved), and
-        how often loss and gradient have been computed.
-      before: The last step, and the loss where the solve started; None if no
-        tolerances are looked at.
+      state: Where the solve is.
       captured: What the loss closes over.
-      tolerances: When to stop, or None.
+      limit: The limit of steps.
+      tolerances: When to stop before it, or None.
 
     Returns:
-      The new `y`, `opt_state` and `counters`, and what else a step returns.
+      Where the solve is then. If there was a reason to stop it has not moved.
     """
-    state = first_state(spec, y).minimiser
-    of_last: Any = before or (None, state.first_loss)
-    row = None
-    if spec.history is not None:
-        row = History.of_no_steps(1)
-    parts = lambda s: (  # noqa: E731
-        s.opt_state,
-        s.evaluations,
-        s.history,
-        s.movement,
-        s.first_loss,
-    )
-    new_parts = (opt_state, Evaluations(*counters[1:]), row, *of_last)
-    state = eqx.tree_at(parts, state, new_parts, is_leaf=lambda x: x is None)
-    limits = _tolerances(spec, tolerances or Tolerances())
-    minimiser = StoppingMinimiser(spec.optimizer, limits, stops=spec.tests)
-    y, state, _ = minimiser.step(
+    y, minimiser, _ = _minimiser(spec, tolerances or Tolerances()).step(
         lambda y, captured: (spec.program.loss(y, captured), None),
-        y,
+        state.params,
         captured,
-        {"limit": counters[0]},
-        state,
+        _options(spec, limit),
+        state.minimiser,
         frozenset(),
     )
-    counters = jnp.stack([counters[0] - state.step, *state.evaluations])
-    ways = (state.converged, state.stalled) if spec.tests else (None, None)
-    output = StepOutput(state.loss, state.grad, state.movement, *ways, state.history)
-    return y, state.opt_state, counters, output
+    return SolverState(y, minimiser)
+
+
+def _minimiser(spec: SolveSpec, tolerances: Tolerances) -> LeanOptaxMinimiser:
+    if not spec.tests:
+        return LeanOptaxMinimiser(spec.optimizer)
+    return LeanOptaxMinimiser(spec.optimizer, *map(jnp.float64, tolerances))
+
+
+def _options(spec: SolveSpec, limit: Int[Array, ""]) -> dict[str, Any]:
+    """The options of the minimiser.
+
+    Without tolerances a callback sees all steps, as upstream's does: those that change
+    nothing, and those from points that are not finite.
+    """
+    return {
+        "limit": limit,
+        "history": spec.history,
+        "stop_if_stalled": spec.tests or not spec.is_seen,
+        "stop_if_nonfinite": not spec.is_seen,
+    }
 
 
 def value_and_finish(
@@ -350,12 +314,6 @@ def in_dtypes(spec: SolveSpec, y: PyTree) -> PyTree:
 def _cast(spec: SolveSpec, solution: Solution) -> Solution:
     value = in_dtypes(spec, solution.value)
     return eqx.tree_at(lambda s: s.value, solution, value)
-
-
-def _tolerances(spec: SolveSpec, tolerances: Tolerances) -> Tolerances:
-    if not spec.tests:
-        return Tolerances()
-    return Tolerances(*map(jnp.float64, tolerances))
 
 
 def keep_state_alive(y: PyTree, state: MinimiserState) -> SolverState:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._jax.x64 import x64_region
+from .._jax.region import x64_region
 
 # As many columns of A are computed at the same time.
 _COLUMNS = 256

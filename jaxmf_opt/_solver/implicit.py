@@ -26,7 +26,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._jax.x64 import x64_region
+from .._jax.region import x64_region
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
 from .group_inverse import as_matrix, group_inverse
 from .linear_system import MatrixFree

@@ -15,7 +15,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._jax.x64 import x64_region
+from .._jax.region import x64_region
 from .group_inverse import RCOND, without_null
 
 # How well an iterative solver has to solve: the residual over the right-hand side, or

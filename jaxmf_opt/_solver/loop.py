@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import optimistix as optx
 from jaxtyping import Array, Bool, Int
 
-from .minimiser import all_finite
+from .state import MinimiserState
 
 
 class Pause(NamedTuple):
@@ -34,13 +33,12 @@ class Pause(NamedTuple):
 
 
 class Loop(optx.AbstractAdjoint):
-    """Runs optimistix's loop.
+    """Runs optimistix's loop until the state of the minimiser says that it has ended.
 
     In the place of an adjoint, because that is where optimistix lets one choose the
     loop. Derivatives are taken around a solve, never through it.
     """
 
-    goes_on_from_nonfinite: bool = eqx.field(static=True)
     pause: Pause | None = None
 
     def apply(
@@ -50,22 +48,22 @@ class Loop(optx.AbstractAdjoint):
         del rewrite_fn, tags
 
         def while_loop(cond: Callable, body: Callable, init: Any, **_: Any) -> Any:
-            steps_before = init[2].step
+            del cond  # which would end a run that is no longer finite, too
+            steps_before = _state(init).step
 
             def goes_on(carry: Any) -> Bool[Array, ""]:
-                # A callback is told of all steps, as upstream's is. optimistix would
-                # end a run that is no longer finite; all else is in the state.
-                y, _, state, _, terminate, _ = carry
-                on = ~terminate if self.goes_on_from_nonfinite else cond(carry)
+                state = _state(carry)
                 if self.pause is None:
-                    return on
-                is_due = self.pause.is_due(on, state.step - steps_before)
-                if not self.goes_on_from_nonfinite:
-                    # optimistix sees one step later that a point is not finite, and
-                    # at once if it begins there.
-                    is_due &= all_finite(y)
-                return on & ~is_due
+                    return ~state.ended
+                steps_taken = state.step - steps_before
+                return ~(state.ended | self.pause.is_due(~state.ended, steps_taken))
 
             return jax.lax.while_loop(goes_on, body, init)
 
         return primal_fn((*inputs, while_loop))
+
+
+def _state(carry: Any) -> MinimiserState:
+    """The state of the minimiser in what optimistix's loop carries."""
+    (state,) = (x for x in carry if isinstance(x, MinimiserState))
+    return state

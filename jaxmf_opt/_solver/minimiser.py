@@ -1,34 +1,27 @@
 """The optimistix minimiser around an optax transformation."""
 
-# pyright: reportIncompatibleMethodOverride=false
-# (OptaxMinimiser names its own state, a private class, in the types of its methods.)
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
 from optimistix import RESULTS
 
 from .._jax.select import cond, select, select_if_batched
-from .._typing import Aux, Y
+from .._typing import Aux, Tolerance, Y
 from .._validation import check_callable, check_optimizer, check_tolerance
-from .linesearch import (
-    count_trials,
-    ends_with_linesearch,
-    stored,
-    without_trials,
-)
+from .convergence import all_finite, meets_tolerance
+from .linesearch import count_trials, ends_with_linesearch, stored, without_trials
 from .optimizers import as_optax_expects, as_pytree
 from .state import Evaluated, Evaluations, History, MinimiserState, Movement
+from .stationarity import KnowsItsEnd, default_stands_still, is_default
 
-# A tolerance: a number, or an array so that it can be batched.
-Tolerance: TypeAlias = float | int | np.number | Float[Array | np.ndarray, ""]
+# A MinimiserState. OptaxMinimiser names a private class in the types of its methods.
+State: TypeAlias = Any
 
 
 class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
@@ -64,6 +57,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
 
     gtol: Tolerance
     _moves_as_searched: bool = eqx.field(static=True)
+    _is_default: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -106,6 +100,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         self.optim = as_pytree(optim)
         self.gtol = gtol
         self._moves_as_searched = ends_with_linesearch(optim)
+        self._is_default = is_default(optim)
 
     def init(
         self,
@@ -116,17 +111,19 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         f_struct: PyTree[jax.ShapeDtypeStruct],
         aux_struct: PyTree[jax.ShapeDtypeStruct],
         tags: frozenset[object],
-    ) -> MinimiserState[Y, Aux]:
+    ) -> State:
         """The state before the first step. Nothing is evaluated.
 
         Args:
           fn: The loss.
           y: The starting point.
           args: What the loss takes beside it.
-          options: May have three entries. "state": the state to go on from, with what
+          options: May have five entries. "state": the state to go on from, with what
             it records, instead of a new one. "limit": the number of steps to take at
             most; the point that the last of them leads to is then evaluated, too.
-            "history": how many steps to record.
+            "history": how many steps to record. "stop_if_stalled": whether to stop
+            where the optimizer provably stands still. "stop_if_nonfinite": whether to
+            stop behind a step from a point that is not finite.
           f_struct: The shape and dtype of the loss.
           aux_struct: Those of what it returns beside its value.
           tags: Unused.
@@ -146,6 +143,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             opt_state = jax.tree.map(jnp.asarray, self.optim.init(y))
         no_aux = not jax.tree.leaves(aux_struct)
         unknown, no = jnp.array(jnp.nan, dtype), jnp.array(False)
+        ended = ~all_finite(y) if options.get("stop_if_nonfinite") else no
         none = jnp.array(0, int)
         return MinimiserState(
             step=none,
@@ -157,7 +155,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             converged=no,
             stalled=no,
             interrupted=no,
-            ended=no,
+            ended=ended,
             first_loss=unknown,
             last_finite=Evaluated(y, unknown, unknown),
             evaluations=Evaluations(none, none),
@@ -173,9 +171,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         y: Y,
         args: PyTree,
         options: dict[str, Any],
-        state: MinimiserState[Y, Aux],
+        state: State,
         tags: frozenset[object],
-    ) -> tuple[Y, MinimiserState[Y, Aux], Aux]:
+    ) -> tuple[Y, State, Aux]:
         """Evaluates at `y`, tests, and moves unless there is a reason not to."""
         del tags
         loss, aux, grad, fresh = self._evaluate(fn, y, args, state)
@@ -189,15 +187,20 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
 
         converged = state.converged
         if self._tests:
-            converged = converged | self._meets_tolerance(
-                y, cast(Movement, state.movement), loss, grad, state.first_loss
+            tolerances = (self.rtol, self.atol, self.gtol)
+            converged = converged | meets_tolerance(
+                tolerances, self.norm, y, state, loss, grad
             )
         ended = converged | state.stalled | state.interrupted
         if options.get("limit") is not None:
             ended = ended | (state.step >= options["limit"])
+        is_last = ended
+        if options.get("stop_if_nonfinite"):
+            is_last = ended | ~all_finite(y)
 
         def move() -> _Move:
-            return self._move(fn, y, args, state, ~ended, loss, grad)
+            stop = options.get("stop_if_stalled", False)
+            return self._move(fn, y, args, state, ~ended, loss, grad, stop)
 
         def stay() -> _Move:
             zeros = jax.tree.map(jnp.zeros_like, grad)
@@ -231,7 +234,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             stalled=state.stalled | to.stalled,
             interrupted=state.interrupted,
             # (What has stalled is still where it was evaluated.)
-            ended=ended | to.stalled,
+            ended=is_last | to.stalled,
             first_loss=jnp.where(state.step == 0, loss, state.first_loss),
             last_finite=select(is_finite, here, state.last_finite),
             evaluations=state.evaluations.plus(fresh, to.evaluations),
@@ -246,7 +249,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         y: Y,
         args: PyTree,
         options: dict[str, Any],
-        state: MinimiserState[Y, Aux],
+        state: State,
         tags: frozenset[object],
     ) -> tuple[Bool[Array, ""], RESULTS]:
         """Whether nothing is left to do."""
@@ -260,20 +263,13 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         aux: Aux,
         args: PyTree,
         options: dict[str, Any],
-        state: MinimiserState[Y, Aux],
+        state: State,
         tags: frozenset[object],
         result: RESULTS,
     ) -> tuple[Y, Aux, dict[str, Any]]:
         """Counts the steps that moved, not the one that only tested."""
         del fn, args, options, tags, result
         return y, aux, {"num_steps": state.step}
-
-    def _stalled(
-        self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: PyTree
-    ) -> Bool[Array, ""]:
-        """Whether it is proven that `y` will never move again. Not known in general."""
-        del y, loss, grad, update, opt_state
-        return jnp.array(False)
 
     @property
     def _tests(self) -> bool:
@@ -309,49 +305,6 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         )
         return *evaluated[1:], missing.astype(int)
 
-    def _meets_tolerance(
-        self, y: Y, last: Movement, loss: Scalar, grad: Y, first_loss: Scalar
-    ) -> Bool[Array, ""]:
-        def ratio(difference: Array, of: Array) -> Array:
-            scale = self.atol + self.rtol * jnp.abs(of)
-            # What stays at exactly 0, a masked parameter for example, is converged.
-            return jnp.where(difference == 0, 0.0, jnp.abs(difference) / scale)
-
-        def small(difference: PyTree, of: PyTree) -> Bool[Array, ""]:
-            return self.norm(jax.tree.map(ratio, difference, of)) < 1
-
-        eps = jnp.finfo(loss.dtype).eps
-        # (A loss that goes to 0 halves for ever; not so on the scale of its start.)
-        scale = jnp.maximum(jnp.abs(loss), eps * size_of_loss(loss, first_loss))
-        cauchy = small(last.update, y) & small(loss - last.loss, scale)
-        slope = relative_gradient(y, loss, grad, first_loss)
-        is_minimum = cauchy & self._is_close(y, last, grad)
-        is_minimum &= slope <= jnp.maximum(eps ** (1 / 3), self.rtol)
-        # A step that jumps into the minimum is not small, and is the last that moves.
-        slope = jnp.maximum(slope, optx.max_norm(grad) / jnp.maximum(jnp.abs(loss), 1))
-        is_minimum |= slope <= jnp.where((self.rtol > 0) | (self.atol > 0), 64 * eps, 0)
-        return is_minimum | (self.norm(grad) <= self.gtol)
-
-    def _is_close(self, y: Y, last: Movement, grad: Y) -> Bool[Array, ""]:
-        """Whether the distance to the minimum that the gradient tells of is small.
-
-        A step may be small because a line search has failed, because an optimizer turns
-        around or because its schedule says so. But the gradient over the curvature is
-        no more than the distance to the minimum of a quadratic function. The curvature
-        is that which the last step has met. A step that has not moved tells nothing.
-        """
-        change = jax.tree.map(jnp.subtract, grad, last.grad)
-        squared_change, squared_grad = _squared_norm(change), _squared_norm(grad)
-        curvature = squared_change / _dot(last.update, change)
-        distance = jnp.sqrt(squared_grad) / curvature
-        size = jnp.sqrt(_squared_norm(y))
-        eps = jnp.finfo(size.dtype).eps
-        elements = sum(x.size for x in jax.tree.leaves(y))
-        allowed = jnp.maximum(self.rtol, eps**0.5) * size + self.atol * elements**0.5
-        # The change of a gradient must be more than its rounding.
-        is_curved = (curvature > 0) & (squared_change > eps * squared_grad)
-        return (is_curved & (distance <= allowed)) | (squared_grad == 0)
-
     def _move(
         self,
         fn: Callable[[Y, Any], tuple[Scalar, Aux]],
@@ -361,6 +314,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         active: Bool[Array, ""],
         loss: Scalar,
         grad: Y,
+        stop_if_stalled: bool,
     ) -> "_Move":
         """A step of the optax transformation.
 
@@ -399,7 +353,11 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             active, (update, opt_state), (zeros, state.opt_state)
         )
         new_y = cast(Y, optax.apply_updates(cast(Any, y), cast(Any, update)))
-        stalled = self._stalled(y, loss, grad, update, opt_state)
+        stalled = jnp.array(False)
+        if stop_if_stalled and isinstance(self.optim, KnowsItsEnd):
+            stalled = self.optim.stands_still(opt_state, update)
+        elif stop_if_stalled and self._is_default:
+            stalled = default_stands_still(y, loss, grad, update, opt_state)
         return _Move(new_y, update, opt_state, stalled, evaluations)
 
 
@@ -419,53 +377,3 @@ class _Move(NamedTuple):
     opt_state: PyTree
     stalled: Bool[Array, ""]
     evaluations: Evaluations
-
-
-def relative_gradient(
-    y: PyTree, loss: Scalar, grad: PyTree, first_loss: Scalar
-) -> Scalar:
-    """The size of a gradient, relatively to loss and parameters.
-
-    See Dennis and Schnabel, Numerical Methods for Unconstrained Optimization (1983),
-    section 7.2; from there is also that a minimum shows by the cube root of the
-    precision. What is large is relative to itself, what is small to 1, or to the size
-    that loss and parameters have at all. Small parameters have a small unit if the loss
-    has changed on the way to them; else they are small by chance, near a start at 0.
-
-    Args:
-      y: The point.
-      loss: The loss there.
-      grad: The gradient there.
-      first_loss: The loss where the solve started.
-
-    Returns:
-      A number without a unit.
-    """
-
-    def relative(g: Array, x: Array) -> Array:
-        return jnp.abs(g) * jnp.maximum(jnp.abs(x), jnp.where(of_y > 0, of_y, 1.0))
-
-    rounding = jnp.finfo(loss.dtype).eps ** 0.5 * jnp.abs(loss)
-    has_changed = jnp.abs(loss - first_loss) > rounding
-    of_y = jnp.where(has_changed, jnp.minimum(optx.max_norm(y), 1.0), 1.0)
-    slope = optx.max_norm(jax.tree.map(relative, grad, y))
-    return slope / size_of_loss(loss, first_loss)
-
-
-def size_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
-    """What a difference of losses is small against: the loss, at the start at least."""
-    first = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss), 1.0)
-    return jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
-
-
-def _dot(a: PyTree, b: PyTree) -> Scalar:
-    return optax.tree.real(optax.tree.vdot(a, b))
-
-
-def _squared_norm(a: PyTree) -> Scalar:
-    return _dot(a, a)
-
-
-def all_finite(y: PyTree) -> Bool[Array, ""]:
-    """Whether every element of every leaf is a finite number."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(y)]))

@@ -9,8 +9,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .._jax.staging import hoist, inside_region, struct
 from .._jax.structure import Structure
-from .._jax.x64 import hoist, inside_region, struct
 from .closures import with_open_constants, with_operands
 
 

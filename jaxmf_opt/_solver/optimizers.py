@@ -52,7 +52,7 @@ def optimizer_key(optimizer: optax.GradientTransformation) -> Hashable | None:
       optimizer: An optax transformation.
 
     Returns:
-      A hashable key, or None if the optimizer cannot be told by its parts: if a
+      A hashable key, or None if the optimizer cannot be identified by its parts: if a
       user's function (a schedule, for example), a tracer or a mutable object is one of
       them.
     """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .convergence import all_finite
 from .linesearch import stored
 from .minimiser import LeanOptaxMinimiser
 from .state import Evaluations, History, Movement, SolverState
@@ -15,7 +16,12 @@ from .stationarity import is_default
 
 
 def start(
-    optimizer: optax.GradientTransformation, params: PyTree, *, tests: bool
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    *,
+    tests: bool,
+    history: int | None = None,
+    stop_if_nonfinite: bool = False,
 ) -> SolverState:
     """The state before the first step.
 
@@ -23,14 +29,18 @@ def start(
       optimizer: The optax transformation.
       params: The starting point, of any real dtypes.
       tests: Whether tolerances are looked at.
+      history: How many steps to record, if any.
+      stop_if_nonfinite: Whether there is nothing to do at a point that is not finite.
 
     Returns:
       The point, float64, and the state.
     """
     y = as_float64(params)
     minimiser = LeanOptaxMinimiser(optimizer, rtol=float(tests))
+    options = {"history": history, "stop_if_nonfinite": stop_if_nonfinite}
     loss = jax.ShapeDtypeStruct((), jnp.float64)
-    return SolverState(y, minimiser.init(_unused, y, None, {}, loss, None, frozenset()))
+    state = minimiser.init(_unused, y, None, options, loss, None, frozenset())
+    return SolverState(y, state)
 
 
 def with_history_buffer(state: SolverState, history: int | None) -> SolverState:
@@ -60,6 +70,7 @@ def resume_state(
     """
     old = state.minimiser
     no = jnp.array(False)
+    nonfinite = no if is_seen else ~all_finite(state.params)
     # It stands still by one optimizer, of which a state shows the shapes only. No other
     # whose states look like those of the default is ever said to.
     stalled = old.stalled if is_default(optimizer) and not is_seen else no
@@ -79,7 +90,8 @@ def resume_state(
         *(s.converged, s.stalled, s.interrupted, s.ended),
         *(s.evaluations, s.movement),
     )
-    new_parts = (no, stalled, no, stalled, evaluations, movement)
+    ended = stalled | nonfinite
+    new_parts = (no, stalled, no, ended, evaluations, movement)
     minimiser = eqx.tree_at(parts, old, new_parts, is_leaf=lambda x: x is None)
     return SolverState(state.params, minimiser)
 

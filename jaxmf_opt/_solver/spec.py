@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from .._typing import Tolerance
 from .compiled_callbacks import CompiledCallbacks
-from .minimiser import Tolerance
 from .objective import Program
 from .optimizers import optimizer_key
 
@@ -48,7 +48,8 @@ class SolveSpec:
       float_dtype: The dtype that losses and norms get in the end.
       tests: Whether the tolerances are looked at.
       history: How many steps to record, if any.
-      callbacks: The callbacks of a whole solve.
+      callbacks: What is called after each step of a compiled solve. None if nobody
+        sees the steps, so that those that change nothing can be left out.
     """
 
     program: Program
@@ -59,6 +60,11 @@ class SolveSpec:
     tests: bool
     history: int | None = None
     callbacks: CompiledCallbacks | None = None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether there are callbacks, which see each step."""
+        return self.callbacks is not None
 
     @property
     def cacheable(self) -> bool:

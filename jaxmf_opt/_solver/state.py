@@ -17,7 +17,7 @@ class Evaluations(NamedTuple):
     Attributes:
       loss: How often the loss was, with or without its gradient. -1 if that cannot be
         known, because the optimizer calls the loss in a way of its own.
-      grad: How often its gradient was; -1 likewise.
+      grad: How often its gradient was; -1 as above.
     """
 
     loss: Int[Array, ""]

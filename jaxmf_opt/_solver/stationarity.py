@@ -6,10 +6,9 @@ that are left. Nobody can observe those steps where there is no callback, so a s
 leave them out, provided that they would not have changed a bit of the result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,19 +16,13 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
 
-from .._typing import Aux, Y
-from .minimiser import (
-    LeanOptaxMinimiser,
-    Tolerance,
-    relative_gradient,
-    size_of_loss,
-)
+from .convergence import relative_gradient, size_of_loss
 from .optimizers import DEFAULT_OPTIMIZER, optimizer_key
 from .state import SolverState
 
 
 @runtime_checkable
-class _KnowsItsEnd(Protocol):
+class KnowsItsEnd(Protocol):
     """An optimizer that can tell, as that of `robust_lbfgs` can."""
 
     def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
@@ -50,59 +43,21 @@ def is_default(optimizer: optax.GradientTransformation) -> bool:
 _DEFAULT_KEY = optimizer_key(DEFAULT_OPTIMIZER)
 
 
-class StoppingMinimiser(LeanOptaxMinimiser[Y, Aux]):
-    """A minimiser that stops where its optimizer provably stands still.
-
-    That is known of `DEFAULT_OPTIMIZER`, whose constants the proof below uses, and of
-    an optimizer with a method `stands_still`.
-    """
-
-    _stops: bool = eqx.field(static=True)
-
-    def __init__(
-        self,
-        optim: optax.GradientTransformation,
-        tolerances: Sequence[Tolerance],
-        *,
-        stops: bool = True,
-    ):
-        """Wraps an optax transformation.
-
-        Args:
-          optim: An optax transformation.
-          tolerances: `rtol`, `atol` and `gtol` of `LeanOptaxMinimiser`.
-          stops: Whether to stop there. It goes on for callbacks, which see steps that
-            change nothing, too, where no tolerance is on.
-        """
-        rtol, atol, gtol = tolerances
-        super().__init__(optim, rtol, atol, gtol)
-        self._stops = stops and (isinstance(optim, _KnowsItsEnd) or is_default(optim))
-
-    def _stalled(
-        self, y: Y, loss: Scalar, grad: Y, update: Y, opt_state: Any
-    ) -> Bool[Array, ""]:
-        if not self._stops:
-            return jnp.array(False)
-        if isinstance(self.optim, _KnowsItsEnd):
-            return self.optim.stands_still(opt_state, update)
-        return _default_stands_still(y, loss, grad, update, opt_state)
-
-
-def _default_stands_still(
+def default_stands_still(
     y: PyTree, loss: Scalar, grad: PyTree, update: PyTree, opt_state: Any
 ) -> Bool[Array, ""]:
-    """Whether no later step can move `y`.
+    """Whether no later step of `DEFAULT_OPTIMIZER` can move `y`.
 
-    The step just taken, `update`, is too small to change `y`, so the next one sees
-    the same loss and gradient. Its memory of one pair is (0, 0), with which L-BFGS
-    makes the direction `-grad`. It starts from 1.5 times the last step size and
-    only goes down. If that does not change `y` either, all its trials have the
-    value that the last search found at `y`. Where this is not below `loss`, none of
-    them is a sufficient decrease: the search fails, and leaves the same situation
-    with a smaller step size. (Once the demanded decrease underflows, a trial may
-    be accepted, but at step sizes that change nothing either.) From a gradient of
-    exactly 0 no direction leads anywhere. And where all trials were non-finite the
-    search leaves the step size 0, which no later one makes larger.
+    The step just taken, `update`, is too small to change `y`, so the next one sees the
+    same loss and gradient. Its memory of one pair is (0, 0), with which L-BFGS makes
+    the direction `-grad`. It starts from 1.5 times the last step size and only goes
+    down. If that does not change `y` either, all its trials have the value that the
+    last search found at `y`. Where this is not below `loss`, none of them is a
+    sufficient decrease: the search fails, and leaves the same situation with a smaller
+    step size. (Once the demanded decrease underflows, a trial may be accepted, but at
+    step sizes that change nothing either.) From a gradient of exactly 0 no direction
+    leads anywhere. And where all trials were non-finite the search leaves the step
+    size 0, which no later one makes larger.
     """
     linesearch: optax.ScaleByBacktrackingLinesearchState = opt_state[-1]
     next_size = 1.5 * linesearch.learning_rate

@@ -1,4 +1,4 @@
-"""What a callback is told about a step, and which callbacks there are."""
+"""The arguments of a callback, and the kinds of callbacks."""
 
 import dataclasses
 import functools

@@ -318,7 +318,7 @@ def _setups(args: argparse.Namespace, name: str) -> list[SetUp]:
 def _lines(
     name: str, setups: list[SetUp], directory: Path, **options: Any
 ) -> list[Line]:
-    """Runs the set-ups of a family, and tells how it goes."""
+    """Runs the set-ups of a family, and reports progress."""
     family = FAMILIES[name]
     lines: list[Line | None] = [None] * len(setups)
     started = time.perf_counter()

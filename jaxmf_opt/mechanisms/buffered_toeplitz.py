@@ -30,7 +30,8 @@ class Buffers(NamedTuple):
     """What a training needs to correlate its noise.
 
     The strategy has the coefficients `c_0 = 1` and
-    `c_t = sum_i output_scale[i] * buf_decay[i] ** (t - 1)`; its inverse likewise.
+    `c_t = sum_i output_scale[i] * buf_decay[i] ** (t - 1)`.
+    Its inverse has coefficients of the same form.
 
     Attributes:
       buf_decay: The decay of each buffer of the strategy, decreasing, in (0, 1); shape

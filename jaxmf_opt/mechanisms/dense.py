@@ -21,7 +21,7 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._jax.x64 import x64_region
+from .._jax.region import x64_region
 from . import _toeplitz
 from ._setup import (
     Count,

@@ -1,4 +1,4 @@
-"""Many solves as one job, and what can be told of them."""
+"""Many solves as one job, and tables and plots of them."""
 
 from ._collect import SweepInterrupted as SweepInterrupted
 from ._sweep import sweep as sweep

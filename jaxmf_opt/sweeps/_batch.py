@@ -14,8 +14,8 @@ from jaxtyping import Array, PyTree
 from .._jax.debugging import no_alarms, own_transfers
 from .._jax.keys import as_numpy
 from .._jax.lapack import evaluate_one_by_one
+from .._jax.staging import hoist, inside_region, struct
 from .._jax.structure import CACHE_SIZE, Structure
-from .._jax.x64 import hoist, inside_region, struct
 
 # The name of the axis that is mapped on each device. A loss may not use it.
 AXIS = "lanes of a sweep"

@@ -54,7 +54,7 @@ def solve_lanes(
       count: How many there are.
       layout: How they are put into batches.
       store: Where to keep what comes out, and where some of it may be already.
-      progress_bar: To be told of it.
+      progress_bar: What shows it.
       keep_states: Whether the solution has the states.
 
     Returns:

@@ -30,7 +30,7 @@ class LaneSetting(NamedTuple):
       tolerances: The tolerances, or functions of the hyperparameter.
       max_steps: The limit of steps.
       callbacks: The callbacks that are compiled. There is one, perhaps an empty one,
-        wherever somebody is told of each step.
+        wherever a callback sees each step.
       callback_consts: The arrays that they close over.
       params: The `jax.ShapeDtypeStruct`s of the parameters, float64.
       dtypes: The dtypes that leaves of the parameters get in the end.
@@ -57,8 +57,12 @@ class LaneSetting(NamedTuple):
     def first(self, params: PyTree, hyperparam: PyTree) -> SolverState:
         """The state before the first step."""
         optimizer = of_lane(self.optimizer, hyperparam)
-        return with_history_buffer(
-            start(optimizer, params, tests=self.tests), self.history
+        return start(
+            optimizer,
+            params,
+            tests=self.tests,
+            history=self.history,
+            stop_if_nonfinite=self.callbacks is None,
         )
 
     def resume_state(

@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     Attributes:
       solution: The solutions, without states, as NumPy arrays. They count for lanes
         that have ended.
-      state: The `SolverState`s likewise, with data in the place of random keys.
+      state: The `SolverState`s, also by lane, with data in the place of random keys.
       running: Which lanes have anything left to do.
     """
 
@@ -229,9 +229,9 @@ class BatchRunner:
             of_lane: SolverState = jax.tree.unflatten(treedef, [x[row] for x in arrays])
             info = callback_args(of_lane, int(of_lane.minimiser.step) - 1)
             key = self._lane_objects.setdefault(lane, Lane((int(self.numbers[lane]),)))
-            told = info.bind(key, lambda of_lane=of_lane: of_lane)
+            args = info.bind(key, lambda of_lane=of_lane: of_lane)
             try:
-                interrupted[row] |= asks_to_stop(self._callback(told))
+                interrupted[row] |= asks_to_stop(self._callback(args))
             except StopIteration as e:
                 raise CallbackStopIterationError(e) from e
         flags = lambda s: s.minimiser.interrupted  # noqa: E731

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from .._jax.debugging import no_alarms
 from .._jax.fork import check_process
-from .._jax.x64 import caller_dtype, float64_struct, inside_region
-from .._solver.compiled_callbacks import watch
-from .._solver.minimiser import Tolerance
+from .._jax.staging import inside_region
+from .._jax.x64 import caller_dtype, float64_struct
+from .._solver.compiled_callbacks import compile_callbacks
 from .._solver.optimizers import DEFAULT_OPTIMIZER, closed_over
 from .._solver.solution import Solution, throw_failure
 from .._solver.spec import Tolerances
 from .._solver.state import SolverState
-from .._typing import PyTree
+from .._typing import PyTree, Tolerance
 from .._validation import (
     check_callable,
     check_flag,
@@ -197,7 +197,7 @@ def sweep(
     )
     like = _state_structs(setting, lanes)
     if compiled or on_host:
-        callbacks, callback_consts = watch(combine(*compiled), like[0])
+        callbacks, callback_consts = compile_callbacks(combine(*compiled), like[0])
         check_untraced("what `callback` closes over", callback_consts)
         setting = setting._replace(callbacks=callbacks, callback_consts=callback_consts)
     if state is not None:
@@ -213,7 +213,7 @@ def sweep(
     mine = everyone[jax.process_index() if len(everyone) > 1 else 0]
     lanes = Lanes(mine.size, lanes.take(mine), lanes.shared)
     local = local_mesh(own_devices(mesh))
-    told = combine(*on_host) if on_host else None
+    host_callback = combine(*on_host) if on_host else None
     workers = num_workers(local)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64())
@@ -229,7 +229,7 @@ def sweep(
             store = stack.enter_context(CheckpointStore(directory))
             begun = store.layout
         layout = begun or Layout(width or suitable, local.size)
-        runner = BatchRunner(setting, lanes, mine, local, told, workers)
+        runner = BatchRunner(setting, lanes, mine, local, host_callback, workers)
         if store is not None:
             identity = _identity(runner, lanes, layout, width, keep_states)
             releases = {name: version(name) for name in _COMPILERS}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from .._jax.keys import is_key
-from .._jax.x64 import inside_region
+from .._jax.staging import inside_region
 from .._validation import check_untraced
 from ._lane import LaneSetting
 from ._lanes import Lanes

@@ -187,7 +187,6 @@ def big(way: str) -> None:
 
     ways: dict[str, Callable[[], Any]] = {
         "eager": lambda: solve(jnp.asarray(centre), in_jax),
-        "jit": lambda: jax.jit(solve)(centre),
         "vmap": lambda: jax.vmap(solve)(centre[None]),
         "shard_map": lambda: jax.jit(split(solve))(centre),
         "sharded input": lambda: jax.jit(solve)(sharded(centre)),
@@ -202,11 +201,9 @@ def big(way: str) -> None:
 CASES: dict[str, Callable[[], None]] = {
     "rows differ": rows_differ,
     **{
-        f"{way}, {'traced' if t else 'host'}, {'stop' if s else 'no stop'}": (
-            functools.partial(agrees, way, s, t)
-        )
+        f"{way}, {'traced' if t else 'host'}": functools.partial(agrees, way, True, t)
         for i, way in enumerate(ON_DEVICES)
-        for t, s in ((False, True), (i % 2 == 0, False))
+        for t in ((False, True) if i % 4 == 0 else (False,))
     },
     **{
         f"exception {'everywhere' if e else 'in one lane'}, {way}": (
@@ -222,7 +219,7 @@ CASES: dict[str, Callable[[], None]] = {
     "branch of one device": branch_of_one_device,
     **{
         f"a million parameters, {way}": functools.partial(big, way)
-        for way in ("eager", "jit", "vmap", "shard_map", "sharded input")
+        for way in ("eager", "vmap", "shard_map", "sharded input")
     },
 }
 

@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook
 # The hook that pytest puts on the library does not reach into this process.
 with install_import_hook("jaxmf_opt", "beartype.beartype"):
     from jaxmf_opt import optimize
-    from jaxmf_opt._jax.x64 import x64_region
+    from jaxmf_opt._jax.region import x64_region
 
 Array = jax.Array
 Function = Callable[..., Any]
@@ -102,14 +102,6 @@ def compiled_alone(fn: Function, *args: Any) -> Any:
 def value(check_vma: bool) -> float:
     fn = split(jax.vmap(minimum), check_vma)
     return off(compiled_alone(fn, ROWS), np.sin(ROWS))
-
-
-def eager_value(check_vma: bool) -> float:
-    return off(split(jax.vmap(minimum), check_vma)(ROWS), np.sin(ROWS))
-
-
-def value_without_vmap(check_vma: bool) -> float:
-    return off(jax.jit(split(minimum, check_vma))(ROWS), np.sin(ROWS))
 
 
 def grad_of_sharded(check_vma: bool) -> float:
@@ -222,22 +214,12 @@ def eager_vmap_of_named_sharding() -> float:
     return off(jax.vmap(minimum)(sharded(ROWS)), np.sin(ROWS))
 
 
-def eager_call_on_named_sharding() -> float:
-    return off(minimum(sharded(ROWS)), np.sin(ROWS))
-
-
 # Regions that have nothing to do with solving: `c` varies over the devices, `m` is the
 # same on all. Carries start from constants, which vary over nothing.
 REGIONS: dict[str, Function] = {
     "scan": lambda c, m: jax.lax.scan(
         lambda s, x: (jnp.sin(s) + x, s), jnp.zeros(3), c @ m
     )[1],
-    "fori_loop": lambda c, m: jax.lax.fori_loop(
-        0, 3, lambda i, x: jnp.sin(x) + i.astype(x.dtype), c @ m
-    ),
-    "convolution": lambda c, m: jax.vmap(lambda r: jnp.convolve(r, m[0], mode="same"))(
-        c
-    ),
     "solve": lambda c, m: jnp.linalg.solve(m, c.T).T * c,
     "cholesky": lambda c, m: c @ jnp.linalg.cholesky(m) + jnp.linalg.inv(m)[:1],
     "scatter at argmax": lambda c, m: c.at[0, jnp.argmax(c[0])].multiply(3) @ m,
@@ -290,8 +272,6 @@ def eager_region(fn: Function) -> float:
 
 BOTH_WAYS: tuple[Callable[[bool], float], ...] = (
     value,
-    eager_value,
-    value_without_vmap,
     grad_of_sharded,
     grad_of_replicated,
     eager_grad_of_both,
@@ -306,7 +286,6 @@ ONCE: tuple[Callable[[], float], ...] = (
     jit_of_named_sharding,
     grad_of_named_sharding,
     eager_vmap_of_named_sharding,
-    eager_call_on_named_sharding,
 )
 CASES: dict[str, Case] = {
     **{

@@ -68,30 +68,6 @@ def test_private_switch_is_that_of_shard_map():
     assert not vma_switch_is_on(check_vma=False)
 
 
-def test_unchecked_switches_off_and_restores():
-    switch = varying.check_vma
-    assert switch is not None
-    with switch(True):
-        with varying.unchecked():
-            assert not switch.value
-        assert switch.value
-
-
-def test_without_the_switch_nothing_changes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(varying, "check_vma", None)
-    x = jnp.ones(2)
-    with varying.unchecked():
-        (same,) = varying.vary_alike([x])
-    assert same is x
-    aval = jax.typeof(x)
-    assert varying.as_operand(aval, aval) is aval
-
-
-def test_without_axes_keeps_shape_and_type():
-    aval = jax.typeof(np.ones((2, 3), np.float32))
-    assert varying.without_axes(aval) == aval
-
-
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_loss_that_communicates_is_refused(check_vma: bool):
     """Its solves, of different lengths, would wait for each other."""

@@ -1,30 +1,11 @@
-"""L-BFGS with a zoom line search, made robust by small optax transformations.
+"""What makes the directions of `optax.scale_by_lbfgs` robust."""
 
-Each transformation remedies one weakness and can be left out on its own::
-
-    scale_by_lbfgs            the directions
-      skip_bad_pairs          ... whose memory takes no pair without curvature
-      rescale_variables       ... in units in which the variables are alike
-      restart_when_stuck      ... that starts anew where it cannot go on
-      short_first_step        ... and begins with a modest step
-    scale(-1)
-    scale_by_zoom_linesearch  the length
-      finite_trials           ... to which nothing but a finite value is a decrease
-      refuse_uphill           ... that would rather stay than climb
-      rounding_floor          ... and knows which differences are rounding
-"""
-
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
-
-from ._solver.linesearch import keeps_the_step
-from ._validation import check_positive
 
 T = TypeVar("T")
 
@@ -54,26 +35,6 @@ class RestartState(NamedTuple):
     is_fresh: Bool[Array, ""]
 
 
-class RobustOptimizer(optax.GradientTransformationExtraArgs):
-    """What `robust_lbfgs` makes. Its line search begins each time in the same way."""
-
-    def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
-        """Whether an update that has led to a state will repeat itself for ever.
-
-        That is so where the line search has refused to move along the direction of a
-        fresh state. The parameters have not moved, so the next direction is that of a
-        fresh state again, and so is all that follows.
-
-        Args:
-          state: The state after the update.
-          update: The update.
-
-        Returns:
-          A boolean scalar.
-        """
-        return state[0].is_fresh & (optax.tree.norm(update, ord=jnp.inf) == 0)
-
-
 def skip_bad_pairs(lbfgs: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keeps pairs of no or negative curvature out of the memory.
 
@@ -99,8 +60,8 @@ def skip_bad_pairs(lbfgs: optax.GradientTransformation) -> optax.GradientTransfo
         # The inner transformation always writes the newest pair, so it is shown the
         # last good one again, to be written where it already is.
         known = state.count > 1
-        shown = _where(known, _replay(state, updates, params), lbfgs.init(params))
-        direction, new = lbfgs.update(updates, _where(accept, state, shown), params)
+        shown = where(known, _replay(state, updates, params), lbfgs.init(params))
+        direction, new = lbfgs.update(updates, where(accept, state, shown), params)
         new = cast(optax.ScaleByLBFGSState, new)
         # The replay is exact up to rounding; what is kept is exact.
         kept = new._replace(
@@ -108,7 +69,7 @@ def skip_bad_pairs(lbfgs: optax.GradientTransformation) -> optax.GradientTransfo
             diff_updates_memory=state.diff_updates_memory,
             weights_memory=state.weights_memory,
         )
-        return direction, _where(accept | ~known, new, kept)
+        return direction, where(accept | ~known, new, kept)
 
     return optax.GradientTransformation(lbfgs.init, cast(Any, update))
 
@@ -126,8 +87,8 @@ def rescale_variables(
     pair of positive curvature (Gilbert and Lemarechal, 1989, "Some numerical
     experiments with variable-storage quasi-Newton algorithms").
 
-    As long as the units would be nearly alike they are all 1: there the diagonal tells
-    more of the last few steps than of the variables, and to follow it costs steps.
+    As long as the units would be nearly alike they are all 1: there the diagonal says
+    more about the last few steps than of the variables, and to follow it costs steps.
 
     The units are powers of two, so that to change them rounds nothing.
 
@@ -152,7 +113,7 @@ def rescale_variables(
         change = optax.tree.sub(updates, old.updates)
         curvature = _diagonal_bfgs(state.curvature, step, change, max_ratio)
         usable = (old.count > 0) & (_dot(step, change) > 0) & _all_positive(curvature)
-        curvature = _where(usable, curvature, state.curvature)
+        curvature = where(usable, curvature, state.curvature)
         units = _units(curvature, min_ratio)
         shown = old._replace(
             params=_over(old.params, units),
@@ -248,184 +209,6 @@ def short_first_step(
     return optax.GradientTransformation(lbfgs.init, cast(Any, update))
 
 
-def finite_trials(
-    search: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Shows the line search infinity where the objective is not finite.
-
-    To optax -inf, where an objective has overflown, is the best of all decreases.
-
-    Args:
-      search: A line search.
-
-    Returns:
-      A line search with the same state.
-    """
-
-    def update(
-        updates: PyTree,
-        state: optax.ScaleByZoomLinesearchState,
-        params: PyTree,
-        *,
-        value_fn: Callable[..., Array],
-        **extra_args: Any,
-    ) -> tuple[PyTree, optax.ScaleByZoomLinesearchState]:
-        # wraps: optax looks up in the signature which extra arguments are meant for it.
-        @functools.wraps(value_fn)
-        def finite_value_fn(*args: Any, **kwargs: Any) -> Array:
-            value = value_fn(*args, **kwargs)
-            return jnp.where(jnp.isfinite(value), value, jnp.inf)
-
-        return cast(
-            Any,
-            search.update(
-                updates, state, params, value_fn=finite_value_fn, **extra_args
-            ),
-        )
-
-    keeping = optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
-    return keeps_the_step(keeping, search)
-
-
-def refuse_uphill(
-    search: optax.GradientTransformationExtraArgs,
-    rtol: float | Float[Array, ""] = 1e-6,
-) -> optax.GradientTransformationExtraArgs:
-    """Does not move at all if the line search ends uphill, or not finite.
-
-    When optax's zoom line search runs out of trials it takes the last one, whatever it
-    is. Here the parameters then stay, and with them value and gradient in the state.
-
-    Args:
-      search: `optax.scale_by_zoom_linesearch`.
-      rtol: How much of its size the value may grow by, which is rounding where the
-        objective is flat. The `approx_dec_rtol` of the line search.
-
-    Returns:
-      A line search with the same state.
-    """
-
-    def update(
-        updates: PyTree,
-        state: optax.ScaleByZoomLinesearchState,
-        params: PyTree,
-        *,
-        value: Float[Array, ""],
-        grad: PyTree,
-        **extra_args: Any,
-    ) -> tuple[PyTree, optax.ScaleByZoomLinesearchState]:
-        step, new = search.update(
-            updates, state, params, value=value, grad=grad, **extra_args
-        )
-        new = cast(optax.ScaleByZoomLinesearchState, new)
-        finite = jnp.isfinite(new.value) & jnp.isfinite(optax.tree.norm(new.grad))
-        accept = finite & (new.value <= value + rtol * jnp.abs(value))
-        stay = new._replace(value=value, grad=grad)
-        return _where(accept, (step, new), (optax.tree.zeros_like(step), stay))
-
-    keeping = optax.GradientTransformationExtraArgs(search.init, cast(Any, update))
-    return keeps_the_step(keeping, search)
-
-
-def rounding_floor(
-    search: Callable[..., optax.GradientTransformationExtraArgs],
-    rtol: float = 1e-6,
-    ulps: float = 4.0,
-) -> optax.GradientTransformationExtraArgs:
-    """Raises the tolerance of a line search to the rounding error of the objective.
-
-    An objective that began at 1e9 and is now 1e-3 often is a difference of large
-    numbers, with an error of 1e-7. A tolerance relative to its value is far below that,
-    and the line search then looks for the luckiest error, step by tiny step. So the
-    tolerance is never below some units in the last place of the largest value so far.
-
-    Args:
-      search: Makes the line search of a relative tolerance, a traced number.
-      rtol: The tolerance where rounding errors are no concern.
-      ulps: The floor, in units in the last place of the largest value so far.
-
-    Returns:
-      A line search. Its state is the tuple of the largest absolute value so far and the
-      state of the line search, in that order, so that what the line search stores is
-      still at the end.
-    """
-
-    def init(params: PyTree) -> tuple[Float[Array, ""], PyTree]:
-        state = cast(optax.ScaleByZoomLinesearchState, search(rtol).init(params))
-        return jnp.zeros_like(state.value), state
-
-    def update(
-        updates: PyTree,
-        state: tuple[Float[Array, ""], PyTree],
-        params: PyTree,
-        *,
-        value: Float[Array, ""],
-        **extra_args: Any,
-    ) -> tuple[PyTree, tuple[Float[Array, ""], PyTree]]:
-        largest, inner = state
-        size = jnp.abs(value)
-        largest = jnp.maximum(largest, jnp.where(jnp.isfinite(size), size, 0))
-        floor = ulps * jnp.finfo(largest.dtype).eps * largest
-        # Nothing is relative to 0; there the tolerance stays what it is.
-        tolerance = jnp.maximum(rtol, floor / jnp.where(size > 0, size, jnp.inf))
-        step, inner = search(tolerance).update(
-            updates, inner, params, value=value, **extra_args
-        )
-        return step, (largest, inner)
-
-    keeping = optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
-    return keeps_the_step(keeping, search(rtol))
-
-
-def robust_lbfgs(
-    memory_size: int = 40, max_linesearch_steps: int = 30, curv_rtol: float = 0.2
-) -> RobustOptimizer:
-    """L-BFGS with all the remedies of this module.
-
-    Args:
-      memory_size: The number of pairs that L-BFGS keeps.
-      max_linesearch_steps: The number of trials of a line search.
-      curv_rtol: To which part of itself a line search has to reduce the slope. Smaller
-        is fewer and better steps, and more evaluations in each.
-
-    Returns:
-      A transformation whose update needs `value`, `grad` and `value_fn`. Its state ends
-      in the state of the line search, with value and gradient at the accepted point.
-
-    Raises:
-      ValueError: If a number is impossible.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxmf_opt import optimize
-      >>> valley = lambda y: 1e4 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2
-      >>> start = jnp.array([-1.2, 1.0])
-      >>> optimize(valley, start, optimizer=robust_lbfgs(memory_size=5), gtol=1e-8)
-      Array([1., 1.], dtype=float32)
-    """
-    check_positive("memory_size", memory_size, whole=True)
-    check_positive("max_linesearch_steps", max_linesearch_steps, whole=True)
-    if not (isinstance(curv_rtol, (int, float)) and 0 < curv_rtol < 1):
-        raise ValueError(f"`curv_rtol` must be between 0 and 1, got {curv_rtol!r}.")
-    lbfgs = skip_bad_pairs(optax.scale_by_lbfgs(memory_size))
-    directions = short_first_step(restart_when_stuck(rescale_variables(lbfgs)))
-
-    def search(rtol: Any) -> optax.GradientTransformationExtraArgs:
-        zoom = optax.scale_by_zoom_linesearch(
-            max_linesearch_steps,
-            curv_rtol=curv_rtol,
-            approx_dec_rtol=rtol,
-            initial_guess_strategy="one",
-        )
-        return refuse_uphill(finite_trials(zoom), rtol)
-
-    lengths = rounding_floor(search)
-    return RobustOptimizer(*optax.chain(directions, optax.scale(-1.0), lengths))
-
-
-ROBUST_OPTIMIZER = robust_lbfgs()
-
-
 def _innermost(state: Any) -> Any:
     """The state of `optax.scale_by_lbfgs` itself."""
     while not isinstance(state, optax.ScaleByLBFGSState):
@@ -480,7 +263,7 @@ def _all_positive(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(leaves))
 
 
-def _where(condition: Bool[Array, ""], true: T, false: T) -> T:
+def where(condition: Bool[Array, ""], true: T, false: T) -> T:
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), true, false)
 
 

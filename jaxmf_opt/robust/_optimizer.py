@@ -1,0 +1,85 @@
+"""L-BFGS with all the remedies together."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, PyTree
+
+from .._validation import check_positive
+from ._directions import (
+    rescale_variables,
+    restart_when_stuck,
+    short_first_step,
+    skip_bad_pairs,
+)
+from ._lengths import finite_trials, refuse_uphill, rounding_floor
+
+
+class RobustOptimizer(optax.GradientTransformationExtraArgs):
+    """What `robust_lbfgs` makes. Its line search begins each time in the same way."""
+
+    def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
+        """Whether an update that has led to a state will repeat itself for ever.
+
+        That is so where the line search has refused to move along the direction of a
+        fresh state. The parameters have not moved, so the next direction is that of a
+        fresh state again, and so is all that follows.
+
+        Args:
+          state: The state after the update.
+          update: The update.
+
+        Returns:
+          A boolean scalar.
+        """
+        return state[0].is_fresh & (optax.tree.norm(update, ord=jnp.inf) == 0)
+
+
+def robust_lbfgs(
+    memory_size: int = 40, max_linesearch_steps: int = 30, curv_rtol: float = 0.2
+) -> RobustOptimizer:
+    """L-BFGS with all the remedies of this module.
+
+    Args:
+      memory_size: The number of pairs that L-BFGS keeps.
+      max_linesearch_steps: The number of trials of a line search.
+      curv_rtol: To which part of itself a line search has to reduce the slope. Smaller
+        is fewer and better steps, and more evaluations in each.
+
+    Returns:
+      A transformation whose update needs `value`, `grad` and `value_fn`. Its state ends
+      in the state of the line search, with value and gradient at the accepted point.
+
+    Raises:
+      ValueError: If a number is impossible.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxmf_opt import optimize
+      >>> valley = lambda y: 1e4 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2
+      >>> start = jnp.array([-1.2, 1.0])
+      >>> optimize(valley, start, optimizer=robust_lbfgs(memory_size=5), gtol=1e-8)
+      Array([1., 1.], dtype=float32)
+    """
+    check_positive("memory_size", memory_size, whole=True)
+    check_positive("max_linesearch_steps", max_linesearch_steps, whole=True)
+    if not (isinstance(curv_rtol, (int, float)) and 0 < curv_rtol < 1):
+        raise ValueError(f"`curv_rtol` must be between 0 and 1, got {curv_rtol!r}.")
+    lbfgs = skip_bad_pairs(optax.scale_by_lbfgs(memory_size))
+    directions = short_first_step(restart_when_stuck(rescale_variables(lbfgs)))
+
+    def search(rtol: Any) -> optax.GradientTransformationExtraArgs:
+        zoom = optax.scale_by_zoom_linesearch(
+            max_linesearch_steps,
+            curv_rtol=curv_rtol,
+            approx_dec_rtol=rtol,
+            initial_guess_strategy="one",
+        )
+        return refuse_uphill(finite_trials(zoom), rtol)
+
+    lengths = rounding_floor(search)
+    return RobustOptimizer(*optax.chain(directions, optax.scale(-1.0), lengths))
+
+
+ROBUST_OPTIMIZER = robust_lbfgs()
