@@ -131,10 +131,6 @@ def test_exported_program_in_a_fresh_process(name: str, outputs: dict[str, np.nd
     close(outputs[name], WANTED[name])
 
 
-def test_nothing_else_was_exported(outputs: dict[str, np.ndarray]):
-    assert set(outputs) == set(WANTED)
-
-
 def test_export_for_several_platforms():
     pytest.importorskip("flatbuffers")
     blob = export(EXPORTED["value"], platforms=("cpu", "cuda", "tpu"))
@@ -147,17 +143,10 @@ def test_export_for_several_platforms():
         close(program.call(ROWS), np.sin(ROWS))
 
 
-@pytest.mark.parametrize(
-    ("fn", "want"),
-    [
-        pytest.param(jax.vmap(minimum), np.sin(ROWS), id="value"),
-        pytest.param(gradient, np.cos(ROWS) * WEIGHTS, id="gradient"),
-    ],
-)
-def test_ahead_of_time(fn: Callable[..., Any], want: np.ndarray):
+def test_ahead_of_time():
     struct = jax.ShapeDtypeStruct(ROWS.shape, ROWS.dtype)
-    program = jax.jit(fn).lower(struct).compile()
-    close(program(ROWS), want)
+    program = jax.jit(gradient).lower(struct).compile()
+    close(program(ROWS), np.cos(ROWS) * WEIGHTS)
 
 
 def mixed(params: Any) -> Any:
@@ -181,17 +170,6 @@ class TestStaging:
         out = jax.eval_shape(mixed, MIXED)
         assert dtypes(out) == DTYPES
         assert jax.tree.map(np.shape, out) == jax.tree.map(np.shape, MIXED)
-
-    def test_make_jaxpr(self, x64: bool):
-        closed, out = jax.make_jaxpr(mixed, return_shape=True)(MIXED)
-        assert dtypes(out) == DTYPES
-        assert [a.dtype for a in closed.out_avals] == jax.tree.leaves(DTYPES)
-
-    def test_result_has_the_types_that_were_told(self, x64: bool):
-        out = mixed(MIXED)
-        assert dtypes(out) == DTYPES
-        np.testing.assert_allclose(out["a"], 0.5)
-        np.testing.assert_allclose(out["b"][0], 2.0)
 
     def test_default_types_follow_the_setting(self, x64: bool):
         out = jax.eval_shape(minimum, jax.eval_shape(lambda: jnp.zeros(3)))
@@ -294,23 +272,9 @@ def check_rows(rows: Any, want: Any) -> None:
 
 
 @pytest.mark.parametrize("inside", INSIDE)
-def test_inside_other_functions(inside: str):
-    fn, want = INSIDE[inside]
-    fn = jax.jit(fn)
-    for i, row in enumerate(ROWS):
-        check_rows(fn(row), jax.tree.map(lambda w, i=i: w[i], want))
-
-
-@pytest.mark.parametrize("inside", INSIDE)
 def test_inside_other_functions_and_vmap(inside: str):
     fn, want = INSIDE[inside]
     check_rows(jax.jit(jax.vmap(fn))(ROWS), want)
-
-
-@pytest.mark.parametrize("inside", ["while_loop", "custom_vjp"])
-def test_inside_other_functions_and_eager_vmap(inside: str):
-    fn, want = INSIDE[inside]
-    check_rows(jax.vmap(fn)(jnp.asarray(ROWS)), want)
 
 
 def test_rows_take_different_ways():

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,12 +52,7 @@ WAYS: dict[str, tuple[Callable[..., Any], Any]] = {
         (STARTS[0], CENTRES),
     ),
     "vmap over both": (jax.vmap(minimum), (STARTS, CENTRES)),
-    "jit of vmap": (jax.jit(jax.vmap(minimum)), (STARTS, CENTRES)),
     "vmap of jit": (jax.vmap(jax.jit(minimum)), (STARTS, CENTRES)),
-    "vmap of vmap": (
-        jax.vmap(jax.vmap(minimum, (0, None)), (None, 0)),
-        (STARTS, CENTRES),
-    ),
     "jit of vmap of vmap of jit": (
         jax.jit(jax.vmap(jax.vmap(jax.jit(minimum), (None, 0)), (0, None))),
         (STARTS, CENTRES),
@@ -67,11 +61,6 @@ WAYS: dict[str, tuple[Callable[..., Any], Any]] = {
         lambda s, c: jax.lax.scan(lambda y, c: twice(minimum(y, c)), s, c)[1],
         (STARTS[0], CENTRES),
     ),
-    "vmap of map": (
-        jax.vmap(lambda c: jax.lax.map(lambda c: minimum(STARTS[0], c), c)),
-        (CENTRES[None],),
-    ),
-    "filter_jit": (eqx.filter_jit(minimum), (STARTS[0], CENTRES[0])),
     "nothing traced, under jit": (
         jax.jit(lambda: minimum(STARTS[0], CENTRES[0])),
         (),
@@ -83,17 +72,13 @@ class TestInLargerPrograms:
     """Over params, over what the loss closes over, over both; nested."""
 
     @pytest.mark.parametrize("way", WAYS)
-    def test_value(self, way: str, x64: bool):
+    def test_value(self, way: str):
         fn, args = WAYS[way]
-        dtype = jnp.float64 if x64 else jnp.float32
-        args = jax.tree.map(lambda x: x.astype(dtype), args)
         out = fn(*args)
         centres = CENTRES if out.ndim > 1 else CENTRES[0]
         want = np.broadcast_to(centres, out.shape)
         if way == "vmap over params":
             want = np.broadcast_to(CENTRES[0], out.shape)
-        if way == "vmap of vmap":
-            want = np.broadcast_to(CENTRES[:, None], out.shape)
         np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-7)
 
     def test_a_solve_inside_a_loss(self):
@@ -103,29 +88,14 @@ class TestInLargerPrograms:
 
         np.testing.assert_allclose(optimize(outer, jnp.ones(3)), CENTRES[0], rtol=1e-6)
 
-    def test_one_compiled_program_without_host_calls(self):
-        text = jax.jit(minimum).lower(jnp.zeros(3), CENTRES[0]).compile().as_text()
-        assert text is not None
-        for word in ("custom-call", "infeed", "outfeed", "callback"):
-            assert word not in text
-
 
 class TestCompilation:
-    def test_the_same_loss_function_is_compiled_once(self):
-        self._compiles_once([lambda y: bowl(y, CENTRES[0])] * 2)
-
     def test_a_fresh_closure_over_another_array_is_not_compiled(self):
         def closure(centre: jax.Array) -> Callable[[jax.Array], jax.Array]:
             return lambda y: bowl(y, centre) + 1.0
 
         values = self._compiles_once([closure(c) for c in CENTRES])
         np.testing.assert_allclose(values, CENTRES, rtol=1e-6)
-
-    def test_a_loss_with_a_derivative_rule_is_compiled_once(self):
-        def loss(y: jax.Array) -> jax.Array:
-            return jnp.sum(jax.scipy.special.xlogy(y**2 + 1, y**2 + 2))
-
-        self._compiles_once([loss, loss])
 
     def test_a_fresh_equal_optimizer_is_not_compiled(self):
         self._compiles_once(

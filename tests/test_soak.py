@@ -4,19 +4,14 @@
 """
 
 import gc
-import weakref
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxmf_opt import optimize, sweep
-from jaxmf_opt._jax.structure import CACHE_SIZE
 from jaxmf_opt._solver.compilation import cached as compiled
-from jaxmf_opt._solver.objective import trace
-from jaxmf_opt._solver.spec import SolveSpec
 
 
 def solve_anew(i: int) -> Any:
@@ -65,21 +60,3 @@ def test_programs_that_are_traced_anew_leave_nothing_behind():
     many(4)
     *_, more = live()
     assert more - objects < 200
-
-
-def test_programs_that_were_not_used_for_long_are_forgotten():
-    with jax.enable_x64():
-        struct = jax.ShapeDtypeStruct((), jnp.float64)
-        program = trace(lambda y: y**2, struct, grad=False).program
-
-    def cached(i: int) -> weakref.ref[SolveSpec]:
-        options: dict[str, Any] = {"tests": False, "history": i}
-        spec = SolveSpec(program, optax.sgd(0.1), (), int, float, **options)
-        compiled(spec)
-        return weakref.ref(spec)
-
-    specs = [cached(i) for i in range(CACHE_SIZE + 20)]
-    gc.collect()
-    assert compiled.cache_info().currsize == CACHE_SIZE
-    alive = [r() is not None for r in specs]
-    assert alive == [False] * 20 + [True] * CACHE_SIZE

@@ -31,7 +31,7 @@ OPTIMIZERS = {
 
 
 # The settings are those of the whole suite.
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.annotated]
+pytestmark = pytest.mark.annotated
 
 
 def run(center: Any, **options: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -28,7 +27,6 @@ from jaxmf_opt import (
     LeanOptaxMinimiser,
     callbacks,
     combine,
-    jax_enable_x64,
     traced,
 )
 from jaxmf_opt._solver.compilation import cached as compiled
@@ -108,71 +106,28 @@ def going_on(state: Any, *words: str) -> Bad:
 
 
 BAD: dict[str, Bad] = {
-    # What `loss_fn` is.
-    "loss None": with_loss(None, TypeError, "callable", "None"),
     "loss a number": with_loss(3.5, TypeError, "callable", "3.5"),
-    "loss without arguments": with_loss(lambda: 0.0, TypeError, "one argument", "()"),
     "loss of two arguments": with_loss(lambda a, b: a, TypeError, "(a, b)"),
     # What it returns.
     "loss vector": with_loss(lambda y: y, ValueError, "scalar", "(2,)"),
-    "loss of shape (1,)": with_loss(lambda y: y[:1], ValueError, "scalar", "(1,)"),
     "loss int": with_loss(lambda y: 1, TypeError, "floating", "1 of type int"),
-    "loss integer array": with_loss(
-        lambda y: jnp.sum(y).astype(int), TypeError, "floating", "int64"
-    ),
-    "loss bool": with_loss(lambda y: y[0] > 0, TypeError, "floating", "bool"),
     "loss complex": with_loss(
         lambda y: jnp.sum(y).astype(complex), TypeError, "real", "complex128"
     ),
-    "loss returns None": with_loss(lambda y: None, TypeError, "scalar", "None"),
-    "loss returns a string": with_loss(lambda y: "low", TypeError, "scalar", "'low'"),
     # NumPy takes this string for the name of a dtype.
     "loss returns 'f'": with_loss(lambda y: "f", TypeError, "scalar", "'f'"),
-    "loss returns a type": with_loss(lambda y: float, TypeError, "scalar", "float"),
-    "loss returns a list": with_loss(
-        lambda y: [square(y)], TypeError, "scalar", "of type list"
-    ),
-    "loss returns a pair, grad=False": with_loss(
-        lambda y: (square(y), y), TypeError, "scalar", "of type tuple"
-    ),
-    "loss returns a pair of scalars, grad=False": with_loss(
-        lambda y: (square(y), square(y)), TypeError, "scalar", "of type tuple"
-    ),
     # The same with grad=True.
     "no pair": with_loss(square, TypeError, "pair", "float64", grad=True),
-    "a triple": with_loss(
-        lambda y: (square(y), y, y), TypeError, "pair", "of type tuple", grad=True
-    ),
-    "pair of a vector": with_loss(
-        lambda y: (y, y), ValueError, "scalar", "(2,)", grad=True
-    ),
-    "pair of an integer": with_loss(
-        lambda y: (7, y), TypeError, "floating", "7 of type int", grad=True
-    ),
-    "gradient None": with_gradient(lambda y: None, ValueError, "structure", "None"),
     "gradient of other structure": with_gradient(
         lambda y: {"a": y}, ValueError, "structure", "'a'"
     ),
     "gradient of other shape": with_gradient(
         lambda y: y[:1], ValueError, "shapes", "(1,)", "(2,)"
     ),
-    "gradient integer": with_gradient(
-        lambda y: y.astype(int), TypeError, "floating", "int64"
-    ),
-    "gradient complex": with_gradient(
-        lambda y: y.astype(complex), TypeError, "real", "complex128"
-    ),
-    "gradient a string": with_gradient(lambda y: "up", TypeError, "'up'"),
     # `params`.
     "params {}": with_params(dict, ValueError, "at least one", "{}"),
-    "params None": with_params(lambda: None, ValueError, "at least one", "None"),
-    "params [None]": with_params(lambda: [None], ValueError, "at least one", "[None]"),
-    "params a string": with_params(lambda: "x0", TypeError, "'x0' of type str"),
     "params with a string": with_params(
         lambda: {"a": Y, "b": ["x0"]}, TypeError, "['b'][0]`", "'x0' of type str"
-    ),
-    "params of strings": with_params(
-        lambda: np.array(["x0"]), TypeError, "real numbers", "<U2"
     ),
     "params of many bits": with_params(
         lambda: 10**30, ValueError, "fit in 64 bits", str(10**30)
@@ -192,7 +147,6 @@ BAD: dict[str, Bad] = {
         ValueError,
         ("`history`", str(10**12), "GiB"),
     ),
-    "params a complex": with_params(lambda: 2j, TypeError, "2j of type complex"),
     "params of complex": with_params(
         lambda: (Y, Y + 0j), TypeError, "[1]`", "real", "complex128"
     ),
@@ -200,26 +154,13 @@ BAD: dict[str, Bad] = {
     "params with a function": with_params(
         lambda: [Y, jnp.tanh], TypeError, "[1]`", "tanh", "equinox.partition"
     ),
-    "params of objects": with_params(
-        lambda: np.array([None]), TypeError, "real numbers", "object"
-    ),
     # Options.
     "steps -1": with_option("max_optimizer_steps", -1, ValueError, "-1"),
     "steps 2.5": with_option("max_optimizer_steps", 2.5, TypeError, "2.5", "integer"),
-    "steps '3'": with_option("max_optimizer_steps", "3", TypeError, "'3'", "str"),
-    "steps None": with_option("max_optimizer_steps", None, TypeError, "None"),
-    "steps inf": with_option("max_optimizer_steps", np.inf, TypeError, "inf"),
     "steps array": with_option("max_optimizer_steps", Y, TypeError, "array([1., 2.])"),
     "grad 1": with_option("grad", 1, TypeError, "True or False", "1 of type int"),
-    "grad 'yes'": with_option("grad", "yes", TypeError, "'yes' of type str"),
-    "grad None": with_option("grad", None, TypeError, "None"),
-    "callback None": with_option("callback", None, TypeError, "callable", "None"),
-    "callback a string": with_option("callback", "log", TypeError, "callable", "'log'"),
     "callback of nothing": with_option(
         "callback", lambda: None, TypeError, "one argument", "()"
-    ),
-    "callback of two": with_option(
-        "callback", lambda step, loss: None, TypeError, "(step, loss)"
     ),
     **{
         f"callback that returns {name}": with_option(
@@ -239,9 +180,6 @@ BAD: dict[str, Bad] = {
     "combine of one that returns an array": with_option(
         "callback", combine(cast(Any, lambda _: np.ones(2))), ValueError, "shape (2,)"
     )._replace(late=True),
-    "x64 of a number": with_argument(
-        jax_enable_x64, 3, error=TypeError, words=("`fn`", "3")
-    ),
     "history 1": Bad(lambda: solve(square, Y, history=1), TypeError, ("`history`",)),
     "throw yes": Bad(lambda: solve(square, Y, throw="y"), TypeError, ("`throw`",)),
     "state a number": Bad(lambda: solve(square, Y, state=3), ValueError, ("`state`",)),
@@ -257,7 +195,6 @@ BAD: dict[str, Bad] = {
             words=(f"`{name}`", str(value)),
         )
         for name, value, error in (
-            ("optim", None, TypeError),
             ("optim", 0.1, TypeError),
             ("rtol", -1.0, ValueError),
             ("atol", "x", TypeError),
@@ -270,13 +207,9 @@ BAD: dict[str, Bad] = {
             robust_lbfgs, **{name: value}, error=ValueError, words=(f"`{name}`",)
         )
         for name, value in (
-            ("memory_size", 0),
             ("memory_size", 2.5),
             ("max_linesearch_steps", -1),
-            ("max_linesearch_steps", True),
             ("curv_rtol", float("nan")),
-            ("curv_rtol", 1.0),
-            ("curv_rtol", "x"),
         )
     },
     **{
@@ -284,26 +217,15 @@ BAD: dict[str, Bad] = {
             callbacks.small_gradient, value, error=error, words=("`gtol`",)
         )
         for value, error in (
-            ("x", TypeError),
             (-1.0, ValueError),
-            (float("nan"), ValueError),
             (np.ones(2), TypeError),
         )
     },
-    "NoProgress(3, inf)": with_argument(
-        callbacks.NoProgress, 3, np.inf, error=ValueError, words=("`rtol`", "inf")
-    ),
     "TimeLimit(True)": with_argument(
         callbacks.TimeLimit, True, error=ValueError, words=("`seconds`", "True")
     ),
-    "NoProgress(3, 'x')": with_argument(
-        callbacks.NoProgress, 3, "x", error=TypeError, words=("`rtol`", "'x'")
-    ),
     "Progress(total=0)": with_argument(
         callbacks.Progress, 0, error=ValueError, words=("`total`", "0")
-    ),
-    "Progress(total='x')": with_argument(
-        callbacks.Progress, "x", error=ValueError, words=("`total`", "'x'")
     ),
     "Checkpoint(3)": with_argument(
         callbacks.Checkpoint, 3, error=TypeError, words=("`path`", "3 of type int")
@@ -322,44 +244,25 @@ BAD: dict[str, Bad] = {
             (callbacks.NoProgress, "steps"),
             (callbacks.TimeLimit, "seconds"),
         )
-        for value in (0, -1.5, np.nan, None, "many")
+        for value in (-1.5, None)
     },
-    "NoProgress(2.5)": with_argument(
-        callbacks.NoProgress, 2.5, error=ValueError, words=("`steps`", "whole", "2.5")
-    ),
-    "NoProgress(3, -1)": with_argument(
-        callbacks.NoProgress, 3, -1.0, error=ValueError, words=("`rtol`", "-1.0")
-    ),
     "Checkpoint(every=0)": with_argument(
         callbacks.Checkpoint, "x.npz", 0, error=ValueError, words=("`every`", "0")
     ),
-    "state of numbers": going_on([1.0, 2.0], "same problem", "got 2"),
     "state of another size": going_on(of_start(np.ones(3)), "float64[2]", "float64[3]"),
     "state of another optimizer": going_on(of_start(Y, optax.adam(0.1)), "optimizer"),
-    "optimizer None": with_option("optimizer", None, TypeError, "optax", "None"),
-    "optimizer a string": with_option("optimizer", "adam", TypeError, "'adam'"),
-    "optimizer a schedule": with_option(
-        "optimizer", optax.cosine_decay_schedule(0.1, 9), TypeError, "optax", "schedule"
-    ),
     "optimizer not called": with_option(
         "optimizer", optax.lbfgs, TypeError, "optax", "lbfgs"
     ),
     "linear solver a string": with_option(
         "linear_solver", "cg", TypeError, "lineax", "'cg'"
     ),
-    "linear solver not called": with_option(
-        "linear_solver", lx.SVD, TypeError, "lineax", "SVD"
-    ),
     **{
         f"{name} {value!r}": with_option(name, value, error, word)
         for name in ("rtol", "atol", "gtol")
         for value, error, word in (
-            (-1, ValueError, "-1"),
             (np.nan, ValueError, "nan"),
-            ("x", TypeError, "'x' of type str"),
             (Y, TypeError, "array([1., 2.])"),
-            (None, TypeError, "None"),
-            (1j, TypeError, "1j"),
         )
     },
 }

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
-from compiling import compilations
 from differentiating import value_beside
 from jax import lax
 
@@ -177,12 +176,6 @@ class TestHost:
         np.testing.assert_allclose(fn(ROWS[0]), np.sin(ROWS[0]), rtol=1e-6)
         assert not calls.of_lane
 
-    def test_a_solve_that_nothing_maps_is_one_lane(self):
-        calls = Calls(VERDICTS["no stop"])
-        out = jax.vmap(lambda c: c + minimum(jnp.asarray(ROWS[0]), calls))(ROWS)
-        assert out.shape == ROWS.shape
-        assert [len(c) for c in calls.by_row()] == [STEPS]
-
     def test_what_it_has_seen_stays_as_it_was(self):
         copies: list[Any] = []
 
@@ -194,15 +187,6 @@ class TestHost:
         (seen,) = calls.by_row()
         for kept, copied in zip(seen, copies, strict=True):
             jax.tree.map(np.testing.assert_array_equal, kept, copied)
-
-    def test_the_state_is_the_optimizers(self):
-        calls = Calls(VERDICTS["no stop"])
-        jax.block_until_ready(jax.vmap(lambda c: minimum(c, calls))(jnp.asarray(ROWS)))
-        for seen in calls.of_lane.values():
-            counts = [int(optax.tree.get(info.state, "count")) for info in seen]
-            assert counts == list(range(1, STEPS + 1))
-            rates = [float(optax.tree.get(i.state, "learning_rate")) for i in seen]
-            assert all(rate > 0 for rate in rates)
 
     def test_a_float64_value_that_float32_cannot_hold(self):
         seen: list[float] = []
@@ -222,23 +206,21 @@ class TestHost:
         jax.block_until_ready(fn(jnp.ones(2)))
         assert seen == [1 + 2.0**-40]
 
-    @pytest.mark.parametrize("tolerance", ["rtol", "gtol"])
-    def test_tolerances_stop_without_a_call(self, tolerance: str):
-        options: dict[str, Any] = {tolerance: 1e-4}
+    def test_tolerances_stop_without_a_call(self):
         counts = []
         for transform in (of_each, lambda f: jax.jit(jax.vmap(f))):
             calls = Calls(lambda info: None)
 
             def one(c: jax.Array, calls: Calls = calls) -> jax.Array:
                 start = jnp.zeros(c.shape)
-                return optimize(lambda y: loss(y, c), start, callback=calls, **options)
+                return optimize(lambda y: loss(y, c), start, callback=calls, rtol=1e-4)
 
             jax.block_until_ready(transform(one)(jnp.asarray(ROWS)))
             counts.append([len(seen) for seen in calls.by_row()])
         assert counts[0] == counts[1]
         assert all(0 < n < 30 for n in counts[0])
 
-    @pytest.mark.parametrize("way", ["eager", "jit", "vmap"])
+    @pytest.mark.parametrize("way", ["eager", "vmap"])
     def test_a_lane_that_is_no_longer_finite_takes_its_steps_too(self, way: str):
         """As upstream's loop does. And its number of calls is that of its steps."""
         calls = Calls(VERDICTS["no stop"])
@@ -258,8 +240,7 @@ class TestHost:
         if way == "vmap":
             steps, failed = jax.vmap(one)(scales)
         else:
-            each = [(jax.jit(one) if way == "jit" else one)(scale) for scale in scales]
-            steps, failed = map(jnp.stack, zip(*each, strict=True))
+            steps, failed = map(jnp.stack, zip(*map(one, scales), strict=True))
         assert steps.tolist() == [9, 9]
         assert failed.tolist() == [True, False]
         for seen in calls.of_lane.values():
@@ -287,14 +268,6 @@ class TestHost:
         jax.block_until_ready(jax.jit(lambda c: minimum(c, callback))(ROWS[0]))
         assert set(dtypes) == {np.dtype(np.float64)}
 
-    def test_equal_programs_are_compiled_once_in_an_eager_vmap(self):
-        calls = Calls(VERDICTS["no stop"])
-        fn = lambda scale: jax.vmap(lambda c: minimum(scale * c, calls))  # noqa: E731
-        fn(1.0)(jnp.asarray(ROWS))
-        with compilations() as events:
-            jax.block_until_ready(fn(2.0)(jnp.asarray(ROWS)))
-        assert events == []
-
 
 class MineError(Exception):
     pass
@@ -321,25 +294,25 @@ class TestExceptions:
             MineError("mine"),
             KeyboardInterrupt("mine"),
             StopIteration("mine"),
+            MineError("see [run 1] and [run 2]"),
             *(error for error, _ in ODD_TEXTS),
         ],
         ids=lambda error: type(error).__name__,
     )
-    @pytest.mark.parametrize("way", ["vmap", "grad", "vmap of grad"])
-    def test_eager_the_same_object(self, way: str, error: BaseException):
+    def test_eager_the_same_object(self, error: BaseException):
         def fail(info: CallbackArgs) -> None:
             if info.step == 2:
                 raise error
 
         calls = Calls(fail)
         with pytest.raises(type(error)) as caught:
-            WAYS[way](lambda c: minimum(c, calls))(jnp.asarray(ROWS))
+            WAYS["vmap of grad"](lambda c: minimum(c, calls))(jnp.asarray(ROWS))
         assert caught.value is error
         # The others of the batch are told of no more steps.
         assert max(info.step for seen in calls.of_lane.values() for info in seen) == 2
         assert sum(len(seen) == 3 for seen in calls.of_lane.values()) == 1
 
-    @pytest.mark.parametrize("way", ["jit", "jit of vmap", "map", "jit of grad"])
+    @pytest.mark.parametrize("way", ["jit of vmap", "map"])
     def test_compiled_type_and_message(self, way: str):
         def fail(info: CallbackArgs) -> None:
             if info.step == 2:
@@ -352,21 +325,15 @@ class TestExceptions:
             )
         assert max(info.step for seen in calls.of_lane.values() for info in seen) == 2
 
-    @pytest.mark.parametrize(
-        "part",
-        [
-            lambda solution: solution.stats["num_steps"],
-            lambda solution: solution.state.minimiser.loss,
-            lambda solution: solution.result,
-        ],
-    )
-    def test_whatever_is_used_of_the_solution(self, part: Any):
+    def test_whatever_is_used_of_the_solution(self):
+        """Here nothing of the solve itself."""
+
         def fail(_: CallbackArgs) -> None:
             raise MineError("the reason")
 
         @jax.jit
         def fn(c: jax.Array) -> Any:
-            return part(solve(lambda y: loss(y, c), jnp.zeros(3), callback=fail))
+            return solve(lambda y: loss(y, c), jnp.zeros(3), callback=fail).result
 
         with pytest.raises(jax.errors.JaxRuntimeError, match="MineError: the reason"):
             jax.block_until_ready(fn(ROWS[0]))
@@ -378,16 +345,6 @@ class TestExceptions:
 
         with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(text)):
             jax.block_until_ready(jax.jit(lambda c: minimum(c, fail))(ROWS[0]))
-
-    def test_a_message_that_looks_like_a_run(self):
-        error = MineError("see [run 1] and [run 2]")
-
-        def fail(_: CallbackArgs) -> None:
-            raise error
-
-        with pytest.raises(MineError) as caught:
-            jax.vmap(lambda c: minimum(c, fail))(jnp.asarray(ROWS))
-        assert caught.value is error
 
     def test_a_solve_after_one_that_failed(self):
         error = MineError("once")
@@ -404,44 +361,6 @@ class TestExceptions:
         np.testing.assert_allclose(
             fn(jnp.asarray(ROWS)), eager("no stop").results, rtol=1e-6, atol=1e-7
         )
-
-    def test_what_has_no_truth(self):
-        array = np.zeros(2)
-        with pytest.raises(
-            ValueError, match=r"`callback` must return None or .* shape \(2,\)"
-        ):
-            jax.vmap(lambda c: minimum(c, lambda _: array))(jnp.asarray(ROWS))
-
-
-TRUTHS = [
-    (None, False),
-    (True, True),
-    (np.bool_(False), False),
-    (np.float32(2.5), True),
-    ("", False),
-    ("no", True),
-    ([], False),
-    ([0], True),
-    (type, True),
-]
-
-
-@pytest.mark.parametrize(("value", "stops"), TRUTHS, ids=[repr(t[0]) for t in TRUTHS])
-def test_truth_is_pythons(value: Any, stops: bool):
-    verdict = VALUE.copy()
-    VALUE[0] = value
-    try:
-        VALUE_CALLS.of_lane.clear()
-        jax.block_until_ready(jitted_with_value(ROWS[0]))
-        (seen,) = VALUE_CALLS.by_row()
-        assert len(seen) == (2 if stops else STEPS)
-    finally:
-        VALUE[:] = verdict
-
-
-VALUE: list[Any] = [None]
-VALUE_CALLS = Calls(lambda info: VALUE[0] if info.step == 1 else None)
-jitted_with_value = jax.jit(lambda c: minimum(c, VALUE_CALLS))
 
 
 HOST_CALL = re.compile(r'custom_call_target="[^"]*callback')
@@ -466,7 +385,7 @@ class TestTraced:
         want = eager("stop by lane").results
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
-    def test_limits_that_are_arrays(self, x64: bool):
+    def test_limits_that_are_arrays(self):
         """What it closes over may be traced and batched, without the loss being so."""
         limits = jnp.array([100.0, LIMIT, 0.0])
         c = jnp.asarray(ROWS[2], float)
@@ -484,33 +403,6 @@ class TestTraced:
         np.testing.assert_array_equal(jax.vmap(steps)(limits), counts)
         np.testing.assert_array_equal(jax.jit(jax.vmap(steps))(limits), counts)
         np.testing.assert_array_equal([steps(limit) for limit in limits], counts)
-
-    def test_eager_is_one_program_for_fresh_closures(self):
-        low, high = jnp.array(LIMIT), jnp.array(100.0)
-
-        def steps(limit: jax.Array) -> int:
-            solution = solve(
-                lambda y: loss(y, ROWS[2]),
-                np.zeros(3),
-                callback=traced(lambda info: info.loss < limit.astype(info.loss.dtype)),
-                max_optimizer_steps=STEPS,
-            )
-            return int(solution.stats["num_steps"])
-
-        steps(low)
-        with compilations() as events:
-            assert steps(high) == 1
-        assert events == []
-
-    def test_it_may_print(self, capfd: pytest.CaptureFixture[str]):
-        @traced
-        def say(info: CallbackArgs) -> None:
-            jax.debug.print("at step {} of {}", info.step, STEPS)
-
-        jax.block_until_ready(jax.jit(lambda c: minimum(c, say))(ROWS[0]))
-        jax.effects_barrier()
-        lines = capfd.readouterr().out.splitlines()
-        assert lines == [f"at step {i} of {STEPS}" for i in range(STEPS)]
 
     @pytest.mark.parametrize("value", [True, False, np.bool_(True), None])
     def test_constants(self, value: Any):
@@ -537,10 +429,6 @@ class TestTraced:
             with pytest.raises(error, match=rf"`callback`.*boolean scalar, .*{words}"):
                 call(lambda c: minimum(c, traced(lambda _: value)))(jnp.zeros(2))
 
-    def test_is_the_function_when_called(self):
-        info = CallbackArgs.tree_unflatten(None, range(5))
-        assert traced(lambda info: info)(info) is info
-
     def test_the_default_optimizer_takes_all_its_steps(self):
         """At the minimum too, where without a callback it would end."""
         solution = solve(
@@ -561,14 +449,6 @@ class TestCombine:
         for calls in (first, second):
             assert [len(seen) for seen in calls.by_row()] == [3] * lanes
 
-    def test_traced_ones_stop_each_lane(self):
-        calls = Calls(VERDICTS["no stop"])
-        both = combine(traced(VERDICTS["stop by lane"]), calls)
-        got = jax.jit(jax.vmap(lambda c: minimum(c, both)))(ROWS)
-        want = eager("stop by lane")
-        np.testing.assert_allclose(got, want.results, rtol=1e-6, atol=1e-7)
-        assert [len(c) for c in calls.by_row()] == [len(c) for c in want.calls]
-
     def test_a_traced_one_may_make_it_part_of_a_program(self):
         """Nothing else here is traced by the eager `vmap`."""
         calls = Calls(VERDICTS["no stop"])
@@ -587,10 +467,3 @@ class TestCombine:
         counts = jax.vmap(steps)(jnp.array([100.0, 0.0]))
         assert counts.tolist() == [1, STEPS]
         assert sorted(map(len, calls.of_lane.values())) == [1, STEPS]
-
-    def test_of_traced_ones_alone_is_compiled(self):
-        both = combine(traced(VERDICTS["stop by lane"]), traced(lambda _: None))
-        fn = jax.jit(lambda c: minimum(c, both))
-        text = fn.lower(ROWS[0]).compile().as_text()
-        assert text is not None
-        assert not HOST_CALL.search(text)
