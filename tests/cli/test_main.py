@@ -1,12 +1,14 @@
 """The main job, `python -m jaxmf_opt`, on tiny grids."""
 
+import contextlib
+import io
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,46 +17,29 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from jax_privacy.matrix_factorization import (
-    buffered_toeplitz,
-    dense,
-    sensitivity,
-    toeplitz,
-)
+from jax_privacy.matrix_factorization import buffered_toeplitz, dense, toeplitz
+from jax_privacy.matrix_factorization.sensitivity import fixed_epoch_sensitivity
 from matplotlib.figure import Figure
+from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxmf_opt._files import locked
 from jaxmf_opt.cli import plot
-from jaxmf_opt.cli.job import Outcome, SetUp
-from jaxmf_opt.cli.main import Line, arrays, main, table
+from jaxmf_opt.cli.job import SetUp
+from jaxmf_opt.cli.main import Line, main, table
 
 pytestmark = pytest.mark.mixes  # upstream's code; whole jobs
 
-# In three epochs of 7 steps, one in two steps, columns of 3 bands have rows in common.
-STEPS, EPOCHS, MOMENTA, BANDS = (9, 7), (1, 3), (0.0, 0.9), (1, 3)
-GRID = [
-    ("banded-toeplitz", *set_up)
-    for set_up in itertools.product(STEPS, EPOCHS, MOMENTA, BANDS)
-]
-
 # In another order than the families are known in.
 FAMILIES = ("blt", "dense", "banded-inverse-toeplitz", "banded-toeplitz")
-FAMILIES_GRID = [
-    (family, n, epochs, 0.5, size)
-    for n, epochs in itertools.product((12, 8), (1, 2))
+TRAININGS = list(itertools.product((12, 8), (1, 2), (0.5,)))
+GRID = [
+    (family, *training, size)
+    for training in TRAININGS
     for family in FAMILIES
-    for size in {"blt": [1], "dense": [n]}.get(family, [1, 3])
+    for size in {"blt": [1], "dense": [training[0]]}.get(family, [1, 3])
 ]
-UNITS = {"blt": "buffers", "dense": "rows"}
-
 ERRORS = ("error_independent", "error_before", "error_after")
-PARTS = {
-    "banded-toeplitz": ["strategy_coef"],
-    "banded-inverse-toeplitz": ["noising_coef"],
-    "blt": ["buf_decay", "inv_buf_decay", "inv_output_scale", "output_scale"],
-    "dense": ["strategy_matrix"],
-}
-PNG = b"\x89PNG\r\n\x1a\n"
+UNFINISHED = "jaxmf_opt-unfinished"
 
 
 class Job(NamedTuple):
@@ -63,142 +48,11 @@ class Job(NamedTuple):
     out: str
     err: str
     arrays: dict[str, np.ndarray]
-    directory: Path
-    grid: list[tuple[str, int, int, float, int]]
+    grid: list[tuple[Any, ...]]
     drawn: list[Line]
 
 
-def run(
-    capsys: pytest.CaptureFixture[str], directory: Path, arguments: Sequence[object]
-) -> Job:
-    main([*map(str, arguments), "--out", str(directory)])
-    captured = capsys.readouterr()
-    return _job(captured.out, captured.err, directory, [])
-
-
-def _job(out: str, err: str, directory: Path, drawn: list[Line]) -> Job:
-    with np.load(directory / "strategies.npz") as file:
-        named = dict(file)
-    columns = (named[name].tolist() for name in ("family", *SetUp._fields))
-    return Job(out, err, named, directory, list(zip(*columns, strict=True)), drawn)
-
-
-def paragraphs(job: Job) -> list[list[list[str]]]:
-    """The table, split at blanks: its lines are those between head and legend."""
-    lines = job.out.splitlines()
-    (head,) = (i for i, line in enumerate(lines) if line.split()[:2] == ["n", "epochs"])
-    (foot,) = (i for i, line in enumerate(lines) if line.startswith("columns:"))
-    by_blank = itertools.groupby(lines[head + 1 : foot], lambda line: line != "")
-    return [[line.split() for line in group] for filled, group in by_blank if filled]
-
-
-def rows(job: Job) -> list[list[str]]:
-    return list(itertools.chain(*paragraphs(job)))
-
-
-def mechanism(job: Job, i: int) -> dict[str, np.ndarray]:
-    """What is saved of the mechanism of a line, without zeros at its end."""
-    family, n, *_, size = job.grid[i]
-    of_family = [line[0] for line in job.grid[:i]].count(family)
-    length = n if family == "dense" else size
-    parts = {name: job.arrays[f"{family}/{name}"][of_family] for name in PARTS[family]}
-    return {name: x[(slice(length),) * x.ndim] for name, x in parts.items()}
-
-
-def strategy_coef(family: str, parts: dict[str, np.ndarray], n: int) -> jax.Array:
-    """The first column of the strategy of a saved mechanism, computed by upstream."""
-    given = {name: jnp.array(x) for name, x in parts.items()}
-    if family == "dense":
-        return given["strategy_matrix"][:, 0]
-    if family == "blt":
-        blt = buffered_toeplitz.BufferedToeplitz.build(
-            given["buf_decay"], given["output_scale"]
-        )
-        return blt.toeplitz_coefs(n)
-    if family == "banded-inverse-toeplitz":
-        return toeplitz.inverse_coef(given["noising_coef"], n)
-    return given["strategy_coef"]
-
-
-def above(coef: jax.Array) -> np.ndarray:
-    """The smallest coefficients above the absolute values that do not increase."""
-    return np.maximum.accumulate(np.abs(np.array(coef))[::-1])[::-1]
-
-
-def error(
-    family: str,
-    parts: dict[str, np.ndarray],
-    n: int,
-    epochs: int,
-    momentum: float,
-    *,
-    largest: bool = False,
-) -> float:
-    """The root of the squared error of a mechanism, computed by upstream.
-
-    Its sensitivity is that of coefficients that do not increase, none of which is
-    negative; it checks that. A strategy of ours that is not of that kind (some end a
-    rounding below 0) has the sensitivity of the smallest above it.
-    """
-    with jax.enable_x64():
-        workload = jnp.array(np.cumsum(momentum ** np.arange(n)))
-        if family == "dense":
-            matrix = jnp.array(parts["strategy_matrix"])
-            squares = dense.per_query_error(
-                strategy_matrix=matrix,
-                workload_matrix=toeplitz.materialize_lower_triangular(workload),
-            )
-            squared = sensitivity.fixed_epoch_sensitivity(matrix, epochs) ** 2
-        else:
-            strategy = strategy_coef(family, parts, n)
-            known: dict[str, Any] = {"strategy_coef": strategy}
-            atol = 1e-9
-            if family == "banded-inverse-toeplitz":
-                known = {"noising_coef": jnp.array(parts["noising_coef"])}
-                atol = 0.02
-            np.testing.assert_allclose(strategy, above(strategy), rtol=0, atol=atol)
-            strategy = jnp.array(above(strategy))
-            squares = toeplitz.per_query_error(n=n, workload_coef=workload, **known)
-            squared = toeplitz.minsep_sensitivity_squared(
-                strategy, n // epochs, epochs, n=n
-            )
-        squares = jnp.max(squares) if largest else jnp.mean(squares)
-        return float(jnp.sqrt(squares * squared))
-
-
-def start(family: str, momentum: float, bands: int) -> dict[str, np.ndarray]:
-    """The root of the workload, or its inverse, that a banded mechanism starts from.
-
-    The workload's generating function is `1 / ((1 - x) (1 - momentum x))`.
-    """
-    with jax.enable_x64():
-        (name,) = PARTS[family]
-        optimal = {
-            "strategy_coef": toeplitz.optimal_max_error_strategy_coefs,
-            "noising_coef": toeplitz.optimal_max_error_noising_coefs,
-        }[name]
-        root = np.array(optimal(bands))
-    return {name: np.convolve(root, root * momentum ** np.arange(bands))[:bands]}
-
-
-class _Recorder:
-    """A stream that keeps what is written. (`capsys` lives for one test only.)"""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-    def isatty(self) -> bool:
-        return False
-
-
-def _recorded(directory: Path, arguments: dict[str, Sequence[object]]) -> Job:
-    words = [(name, *map(str, values)) for name, values in arguments.items()]
+def run(directory: Path, argv: str) -> Job:
     drawn: list[Line] = []
     draw = plot.plot_mechanisms
 
@@ -206,747 +60,408 @@ def _recorded(directory: Path, arguments: dict[str, Sequence[object]]) -> Job:
         drawn.extend(lines)
         draw(lines, path)
 
-    with pytest.MonkeyPatch.context() as patch:
-        out, err = _Recorder(), _Recorder()
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", err)
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        pytest.MonkeyPatch.context() as patch,
+        # Fixtures of a module come before the marker that sets these.
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         patch.setattr(plot, "plot_mechanisms", recording_plot)
-        main([*itertools.chain(*words), "--out", str(directory)])
-    return _job(out.text, err.text, directory, drawn)
+        main([*argv.split(), "--out", str(directory)])
+    with np.load(directory / "strategies.npz") as file:
+        named = dict(file)
+    columns = (named[name].tolist() for name in ("family", *SetUp._fields))
+    grid = list(zip(*columns, strict=True))
+    return Job(out.getvalue(), err.getvalue(), named, grid, drawn)
 
 
-# A program is compiled for each family, and for each set-up of dense matrices, in about
-# 3 s each. So the grids run once.
+def ended(code: int, argv: str, out: Path) -> tuple[str, str]:
+    """What a job prints that ends with a code, on both streams."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+        pytest.raises(SystemExit) as exit_,
+    ):
+        main(["--out", str(out), *argv.split()])
+    assert exit_.value.code == code
+    return stdout.getvalue(), stderr.getvalue()
+
+
+def refused(argv: str, out: Path) -> str:
+    """The one line on standard error of a job whose arguments are bad."""
+    stdout, stderr = ended(2, argv, out)
+    assert stdout == ""
+    (line,) = stderr.splitlines()
+    return line
+
+
+def process(argv: str) -> subprocess.Popen[str]:
+    """A process that need not look for accelerators, and may mix types and ranks."""
+    mixing = {"DTYPE_PROMOTION": "standard", "RANK_PROMOTION": "allow"}
+    settings = {f"JAX_NUMPY_{name}": value for name, value in mixing.items()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxmf_opt", *argv.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **settings},
+    )
+
+
+def mechanism(job: Job, i: int) -> dict[str, np.ndarray]:
+    """What is saved of the mechanism of a line, without zeros at its end."""
+    family, *_, size = job.grid[i]
+    row = [line[0] for line in job.grid[:i]].count(family)
+    parts = {k.split("/")[1]: x[row] for k, x in job.arrays.items() if family in k}
+    return {name: x[(slice(size),) * x.ndim] for name, x in parts.items()}
+
+
+def strategy(family: str, parts: dict[str, np.ndarray], n: int) -> jax.Array:
+    """The matrix of a saved mechanism, computed by upstream."""
+    given = {name: jnp.array(x) for name, x in parts.items()}
+    if family == "dense":
+        return given["strategy_matrix"]
+    if family == "blt":
+        coef, inverse = (
+            buffered_toeplitz.BufferedToeplitz.build(
+                given[f"{prefix}buf_decay"], given[f"{prefix}output_scale"]
+            ).toeplitz_coefs(n)
+            for prefix in ("", "inv_")
+        )
+        assert_allclose(toeplitz.inverse_coef(inverse, n), coef, rtol=1e-12)
+    elif family == "banded-inverse-toeplitz":
+        coef = toeplitz.inverse_coef(given["noising_coef"], n)
+    else:
+        coef = given["strategy_coef"]
+    return toeplitz.materialize_lower_triangular(jnp.pad(coef, (0, n - coef.size)))
+
+
+@jax.enable_x64()
+def error(
+    family: str,
+    parts: dict[str, np.ndarray],
+    n: int,
+    epochs: int,
+    momentum: float,
+    reduce: Callable[[Any], Any] = np.mean,
+) -> float:
+    """The root of the squared error of a mechanism, computed by upstream.
+
+    The sensitivity of a Toeplitz strategy is that of the smallest coefficients above
+    its own that do not increase and are not negative.
+    """
+    matrix = strategy(family, parts, n)
+    workload = jnp.array(np.cumsum(momentum ** np.arange(n)))
+    squares = dense.per_query_error(
+        strategy_matrix=matrix,
+        workload_matrix=toeplitz.materialize_lower_triangular(workload),
+    )
+    if family != "dense":
+        above = jax.lax.cummax(jnp.abs(matrix[:, 0]), reverse=True)
+        matrix = toeplitz.materialize_lower_triangular(above)
+    return float(reduce(squares)) ** 0.5 * fixed_epoch_sensitivity(matrix, epochs)
+
+
+INDEPENDENT = {"strategy_coef": np.ones(1)}
+
+
+# A program is compiled for each family, and for each size of dense matrices, in about
+# 3 s each. So the grid runs once.
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run of the family that is the default."""
-    # A directory that is not there yet, nor is the one above it.
-    directory = tmp_path_factory.mktemp("job") / "new" / "out"
-    return _recorded(
-        directory,
-        {"--steps": STEPS, "--epochs": EPOCHS, "--momentum": MOMENTA, "--bands": BANDS},
+    """A run of all families, in which some set-ups reach the limit of steps."""
+    return run(
+        # A directory that is not there yet, nor is the one above it.
+        tmp_path_factory.mktemp("job") / "new" / "out",
+        # Once is enough of a family.
+        f"--family {' '.join(FAMILIES)} {FAMILIES[0]} --steps 12 8 --epochs 1 2 "
+        "--momentum 0.5 --bands 1 3 --buffers 1 --max-optimizer-steps 40",
     )
+
+
+RESUMED = "--steps 8 --epochs 2 --momentum 0.5 --bands 3 --error max"
+BOTH = f"--family banded-toeplitz banded-inverse-toeplitz {RESUMED}"
 
 
 @pytest.fixture(scope="module")
-def families_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run of all families, in which some set-ups reach the limit of steps."""
-    return _recorded(
-        tmp_path_factory.mktemp("families"),
-        {
-            "--family": [*FAMILIES, FAMILIES[0]],  # once is enough
-            "--steps": (12, 8),
-            "--epochs": (1, 2),
-            "--momentum": (0.5,),
-            "--bands": (1, 3),
-            "--buffers": (1,),
-            "--max-optimizer-steps": (40,),
-        },
-    )
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run of two families that nothing interrupts."""
+    return run(tmp_path_factory.mktemp("whole"), BOTH)
 
 
-@pytest.fixture(params=["job", "families_job"])
-def either_job(request: pytest.FixtureRequest) -> Job:
-    return request.getfixturevalue(request.param)
+class TestTable:
+    def test_shows_the_arrays(self, job: Job):
+        """In a paragraph for each training, with a star at the smallest error."""
+        text = table(job.drawn)
+        assert f"{text}\ncolumns: " in job.out
+        assert job.grid == GRID
+        lines = iter(range(len(GRID)))
+        for training, paragraph in zip(TRAININGS, text.split("\n\n")[1:], strict=True):
+            rows = [line.split() for line in paragraph.splitlines()]
+            of_training = list(itertools.islice(lines, len(rows)))
+            least = min(job.arrays["error_after"][of_training])
+            for row, i in zip(rows, of_training, strict=True):
+                family, *_, size = job.grid[i]
+                units = {"blt": "buffers", "dense": "rows"}.get(family, "bands")
+                assert row[:6] == [*map(str, training), family, str(size), units]
+                kept = size if family == "blt" else size - 1
+                assert int(row[6]) == kept == job.arrays["noise_kept"][i]
+                assert int(row[7]) == job.arrays["optimizer_steps"][i]
+                errors = [job.arrays[name][i] for name in ERRORS]
+                shown = [float(x.rstrip("%")) for x in row[8:12]]
+                assert_allclose(shown[:3], errors, atol=6e-4)
+                gain = 100 * (1 - errors[2] / errors[0])
+                assert_allclose(shown[3], gain, atol=0.06)
+                remarks = ["*"] if errors[2] == least else []
+                remarks += [] if job.arrays["converged"][i] else ["(not", "converged)"]
+                assert row[12:] == remarks
 
+    def test_of_few_mechanisms(self, job: Job):
+        """Single ones for a training are no paragraph; equal errors have stars."""
+        text = table([line for line in job.drawn if line.family == "dense"])
+        assert len(text.splitlines()) == 1 + text.count(" *") == 1 + 4
+        assert table(job.drawn[:1] * 2).count(" *") == 2
 
-def is_close_to_upstream(got: Sequence[float], want: Sequence[float]) -> None:
-    np.testing.assert_allclose(got, want, rtol=1e-12)
-
-
-class TestOutput:
-    def test_table(self, either_job: Job):
-        job = either_job
-        for i, (row, line) in enumerate(zip(rows(job), job.grid, strict=True)):
-            family, n, epochs, momentum, size = line
-            assert row[:2] == [str(n), str(epochs)]
-            assert float(row[2]) == momentum
-            assert row[3:6] == [family, str(size), UNITS.get(family, "bands")]
-            assert int(row[6]) == (size if family == "blt" else size - 1)
-            assert int(row[6]) == job.arrays["noise_kept"][i]
-            assert int(row[7]) == job.arrays["optimizer_steps"][i]
-            errors = [job.arrays[name][i] for name in ERRORS]
-            np.testing.assert_allclose([float(x) for x in row[8:11]], errors, atol=6e-4)
-            gain = 100 * (1 - errors[2] / errors[0])
-            np.testing.assert_allclose(float(row[11].rstrip("%")), gain, atol=0.06)
-            assert row[11].endswith("%")
-            remarks = " ".join(row[12:]).removeprefix("*").strip()
-            limited = not job.arrays["converged"][i]
-            assert remarks == ("(not converged)" if limited else "")
-
-    def test_paragraphs(self, either_job: Job):
-        """One for each training, as they were asked for."""
-        trainings = []
-        for paragraph in paragraphs(either_job):
-            (training,) = {tuple(row[:3]) for row in paragraph}
-            trainings.append(training)
-        assert len(set(trainings)) == len(trainings)
-        want = dict.fromkeys(line[1:4] for line in either_job.grid)
-        assert [(int(n), int(k), float(m)) for n, k, m in trainings] == list(want)
-
-    def test_columns_are_aligned(self, either_job: Job):
-        lines = either_job.out.splitlines()
-        foot = lines.index(next(x for x in lines if x.startswith("columns:")))
-        body = [line for line in lines[:foot] if line and ": " not in line]
-        assert len(body) == 1 + len(either_job.grid)
-        ends = {
-            len(line.removesuffix("  (not converged)").rstrip(" *")) for line in body
-        }
-        assert len(ends) == 1
-
-    def test_stars(self, either_job: Job):
-        """At the smallest errors of each training."""
-        after = iter(either_job.arrays["error_after"])
-        for paragraph in paragraphs(either_job):
-            errors = [next(after) for _ in paragraph]
-            stars = [row[12:13] == ["*"] for row in paragraph]
-            assert stars == [x == min(errors) for x in errors]
-            assert any(stars)
-
-    def test_equal_errors_have_stars(self, families_job: Job):
-        (line, *_) = families_job.drawn
-        text = table([line, line._replace()]).splitlines()
-        assert [x.rstrip().endswith("*") for x in text] == [False, False, True, True]
-
-    def test_a_mechanism_for_each_training_is_no_paragraph(self, job: Job):
-        text = table([line for line in job.drawn if line.set_up.size == 3])
-        assert len(text.splitlines()) == 1 + len(GRID) / 2
-        assert "\n\n" not in text
-        stars = [
-            x.removesuffix("  (not converged)")[-2:] for x in text.splitlines()[1:]
-        ]
-        assert set(stars) == {" *"}
-
-    def test_messages(self, job: Job):
+    def test_messages_about_it(self, job: Job):
+        """Sweeps have those set-ups together whose arrays have the same sizes."""
         assert job.err == ""  # progress is for terminals
-        assert job.out.startswith("banded-toeplitz: 16 set-ups in ")
-        for name in ("strategies.npz", "strategies.png"):
-            assert f"wrote {job.directory / name}\n" in job.out
-
-    def test_messages_of_families(self, families_job: Job):
-        assert families_job.err == ""
-        messages = [x for x in families_job.out.splitlines() if " set-ups in " in x]
-        assert families_job.out.splitlines()[: len(messages)] == messages
-        assert all(x.endswith(" s") for x in messages)
-        # Those with arrays of the same sizes together.
-        assert [x.split(" in ")[0] for x in messages] == [
+        sweeps = job.out.splitlines()[:5]
+        assert [x.split(" in ")[0] for x in sweeps] == [
             "blt: 4 set-ups",
             *["dense: 2 set-ups"] * 2,
             "banded-inverse-toeplitz: 8 set-ups",
             "banded-toeplitz: 8 set-ups",
         ]
-
-    def test_arrays(self, job: Job):
-        shapes = _check_columns(job, GRID)
-        assert shapes == {"banded-toeplitz/strategy_coef": (len(GRID), max(BANDS))}
-        # More bands than the 2 steps of an epoch: the error has a kink at a third of 0.
-        at_kink = [(n, k, bands) == (7, 3, 3) for _, n, k, _, bands in GRID]
-        np.testing.assert_array_equal(job.arrays["converged"], np.logical_not(at_kink))
-
-    def test_arrays_of_families(self, families_job: Job):
-        shapes = _check_columns(families_job, FAMILIES_GRID)
-        assert shapes == {
-            "blt/buf_decay": (4, 1),
-            "blt/output_scale": (4, 1),
-            "blt/inv_buf_decay": (4, 1),
-            "blt/inv_output_scale": (4, 1),
-            "dense/strategy_matrix": (4, 12, 12),
-            "banded-inverse-toeplitz/noising_coef": (8, 3),
-            "banded-toeplitz/strategy_coef": (8, 3),
-        }
-
-    def test_coefficients(self, either_job: Job):
-        for i, (family, *_, bands) in enumerate(either_job.grid):
-            if family in ("blt", "dense"):
-                continue
-            ((name, coef),) = mechanism(either_job, i).items()
-            assert coef.shape == (bands,)
-            assert np.all(coef != 0)
-            first = np.linalg.norm(coef) if name == "strategy_coef" else coef[0]
-            np.testing.assert_allclose(first, 1, rtol=1e-14)
-
-    def test_buffers(self, families_job: Job):
-        with jax.enable_x64():
-            for i, (family, *_) in enumerate(families_job.grid):
-                if family != "blt":
-                    continue
-                parts = mechanism(families_job, i)
-                blt, inverse = (
-                    buffered_toeplitz.BufferedToeplitz.build(
-                        parts[f"{prefix}buf_decay"], parts[f"{prefix}output_scale"]
-                    )
-                    for prefix in ("", "inv_")
-                )
-                want = blt.inverse()
-                np.testing.assert_allclose(
-                    [*inverse.buf_decay, *inverse.output_scale],
-                    [*want.buf_decay, *want.output_scale],
-                    rtol=1e-12,
-                    atol=1e-14,  # decays can be almost 0
-                )
-
-    def test_matrices(self, families_job: Job):
-        for i, (family, n, epochs, *_) in enumerate(families_job.grid):
-            if family != "dense":
-                continue
-            (matrix,) = mechanism(families_job, i).values()
-            assert matrix.shape == (n, n)
-            assert np.all(matrix == np.tril(matrix))
-            assert np.all(np.diag(matrix) > 0)
-            with jax.enable_x64():
-                got = sensitivity.fixed_epoch_sensitivity(jnp.array(matrix), epochs)
-            np.testing.assert_allclose(got, 1, rtol=1e-12)
-
-    def test_smaller_ones_are_filled_with_zeros(self, families_job: Job):
-        """What is left of each array if the lines' own parts are taken away."""
-        for family, names in PARTS.items():
-            lines = [i for i, x in enumerate(families_job.grid) if x[0] == family]
-            for name in names:
-                filled = families_job.arrays[f"{family}/{name}"].copy()
-                for row, i in zip(filled, lines, strict=True):
-                    part = mechanism(families_job, i)[name]
-                    assert np.any(part)
-                    row[tuple(map(slice, part.shape))] = 0
-                assert not np.any(filled)
-
-    def test_fewer_buffers_are_filled_with_zeros(self):
-        def line(buffers: int) -> Line:
-            parts = {"buf_decay": np.full(buffers, 0.5)}
-            outcome = Outcome(parts, 7, True, 3.0, 2.0, 1.0)
-            return Line("blt", SetUp(9, 1, 0.0, buffers), buffers, outcome)
-
-        named = arrays([line(1), line(3), line(2)])
-        want = [[0.5, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0]]
-        np.testing.assert_array_equal(named["blt/buf_decay"], want)
-        assert named["noise_kept"].tolist() == [1, 3, 2]
-
-    def test_errors_are_upstreams(self, either_job: Job):
-        independent = {"strategy_coef": np.ones(1)}
-        for i, (family, n, epochs, momentum, _) in enumerate(either_job.grid):
-            is_close_to_upstream(
-                [either_job.arrays[name][i] for name in (ERRORS[0], ERRORS[2])],
-                [
-                    error("banded-toeplitz", independent, n, epochs, momentum),
-                    error(family, mechanism(either_job, i), n, epochs, momentum),
-                ],
-            )
-
-    def test_errors_of_starting_points(self, either_job: Job):
-        for i, (family, n, epochs, momentum, bands) in enumerate(either_job.grid):
-            if family in ("blt", "dense"):
-                continue
-            parts = start(family, momentum, bands)
-            want = error(family, parts, n, epochs, momentum)
-            is_close_to_upstream([either_job.arrays["error_before"][i]], [want])
-
-    def test_errors_go_down(self, either_job: Job):
-        independent, before, after = (either_job.arrays[name] for name in ERRORS)
-        wide = either_job.arrays["noise_kept"] > 0
-        assert np.all(after[wide] < before[wide])
-        assert np.all(before[wide] < independent[wide])
-        np.testing.assert_allclose(after[~wide], independent[~wide], rtol=1e-14)
-
-    def test_any_matrix_is_best_for_one_epoch(self, families_job: Job):
-        for paragraph in paragraphs(families_job):
-            if paragraph[0][1] == "1":
-                (best,) = (row[3] for row in paragraph if "*" in row)
-                assert best == "dense"
-
-    def test_picture(self, either_job: Job):
-        check_picture(either_job.directory / "strategies.png")
-        assert [(x.family, *x.set_up) for x in either_job.drawn] == either_job.grid
+        for name in ("strategies.npz", "strategies.png"):
+            assert f"{name}\n" in job.out.split("\nwrote ", 1)[1]
 
 
-def _check_columns(job: Job, grid: list[Any]) -> dict[str, tuple[int, ...]]:
-    """Looks at the columns of the table, and gives the shapes of the mechanisms."""
-    columns = {
-        "family",
-        *("n", "epochs", "momentum", "size"),
-        *("noise_kept", "optimizer_steps", "converged"),
-        *ERRORS,
-    }
-    shapes = {name: x.shape for name, x in job.arrays.items()}
-    assert {name for name in shapes if "/" not in name} == columns
-    for name in columns:
-        assert shapes.pop(name) == (len(grid),)
-    assert job.grid == grid
-    for name in (*shapes, "momentum", *ERRORS):
-        assert job.arrays[name].dtype == np.float64
-    for name in ("n", "epochs", "size", "noise_kept", "optimizer_steps"):
-        assert np.issubdtype(job.arrays[name].dtype, np.integer)
-    assert job.arrays["family"].dtype.kind == "U"
-    assert job.arrays["converged"].dtype == bool
-    return shapes
+class TestArrays:
+    def test_mechanisms_have_a_scale_and_zeros_at_the_end(self, job: Job):
+        assert not np.any(job.arrays["banded-toeplitz/strategy_coef"][::2, 1:])
+        assert not np.any(job.arrays["dense/strategy_matrix"][2:, 8:])
+        norms = np.linalg.norm(job.arrays["banded-toeplitz/strategy_coef"], axis=1)
+        assert_allclose(norms, 1, rtol=1e-14)
+        first = job.arrays["banded-inverse-toeplitz/noising_coef"][:, 0]
+        assert_allclose(first, 1, rtol=1e-14)
+
+    def test_errors_are_upstreams(self, job: Job, whole: Job):
+        """Both mean and largest; and go down."""
+        for of, reduce in ((job, np.mean), (whole, np.max)):
+            for i, (family, *training, size) in enumerate(of.grid):
+                of_dp_sgd, before, after = (of.arrays[name][i] for name in ERRORS)
+                want = [
+                    error("banded-toeplitz", INDEPENDENT, *training, reduce=reduce),
+                    error(family, mechanism(of, i), *training, reduce=reduce),
+                ]
+                assert_allclose([of_dp_sgd, after], want, rtol=1e-12)
+                if size > 1 or family == "blt":
+                    assert after < before < of_dp_sgd
 
 
-def check_picture(path: Path) -> None:
-    data = path.read_bytes()
-    assert data.startswith(PNG)
-    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-    assert width > 500 and height > 300
-    assert data.endswith(b"IEND\xaeB`\x82")
-
-
-class TestPicture:
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_each_family(
-        self,
-        family: str,
-        families_job: Job,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        """The gains, and the best strategy of each training, computed by upstream."""
-        lines = [line for line in families_job.drawn if line.family == family]
-        figures: list[Figure] = []
-        monkeypatch.setattr(plt, "close", figures.append)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_picture(family: str, job: Job, tmp_path: Path):
+    """The gains for a training, and the best strategy, computed by upstream."""
+    lines = [line for line in job.drawn[: len(GRID) // 4] if line.family == family]
+    figures: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt, "close", figures.append)
         plot.plot_mechanisms(lines, tmp_path / "picture.png")
-        monkeypatch.undo()
-        check_picture(tmp_path / "picture.png")
-        (figure,) = figures
-        gains, coefs = figure.axes
-        plt.close(figure)
-        assert not plt.get_fignums()
-        drawn = np.concatenate([np.array(x.get_ydata()) for x in gains.get_lines()])
-        want = [100 * line.gain for line in lines]
-        np.testing.assert_allclose(np.sort(drawn), np.sort(want))
-        curves = [np.array(x.get_ydata()) for x in coefs.get_lines()]
-        trainings = itertools.groupby(lines, lambda line: line.training)
-        for curve, (training, group) in zip(curves, trainings, strict=True):
-            best = min(group, key=lambda line: float(line.outcome.error_after))
-            parts = dict(best.outcome.mechanism)
-            if family.startswith("banded"):
-                parts = {k: x[: best.set_up.size] for k, x in parts.items()}
-            with jax.enable_x64():
-                coef = np.array(strategy_coef(family, parts, training[0]))
-            np.testing.assert_allclose(curve, coef / coef[0], rtol=1e-12)
-
-    @pytest.mark.parametrize("sizes", [[1], [3]])
-    def test_a_single_mechanism(self, sizes: list[int], job: Job, tmp_path: Path):
-        lines = [line for line in job.drawn if line.set_up.size in sizes][:1]
-        plot.plot_mechanisms(lines, tmp_path / "picture.png")
-        check_picture(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    gains, strategies = figures[0].axes
+    drawn = np.concatenate([np.array(x.get_ydata()) for x in gains.get_lines()])
+    assert_allclose(drawn, [100 * line.gain for line in lines])
+    (curve,) = strategies.get_lines()
+    last = job.grid.index((family, *lines[-1].set_up))  # which has the most bands
+    with jax.enable_x64():
+        coef = np.array(strategy(family, mechanism(job, last), 12))[:, 0]
+    got = np.asarray(curve.get_ydata())
+    assert_allclose(got, coef[: got.size] / coef[0], rtol=1e-12)
 
 
-class TestOptions:
-    @pytest.mark.parametrize("limit", [0, 1])
-    def test_limit_of_steps(
-        self, limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        arguments = ("--steps", 9, "--bands", 3, "--max-optimizer-steps", limit)
-        job = run(capsys, tmp_path, arguments)
-        assert len(rows(job)) == 2  # the default momenta
-        for row in rows(job):
-            assert int(row[7]) == limit
-            assert " ".join(row[12:]) == "* (not converged)"
-        assert not job.arrays["converged"].any()
-        unmoved = job.arrays["error_after"] == job.arrays["error_before"]
-        assert np.all(unmoved == (limit == 0))
-
-    @pytest.mark.parametrize("family", ["dense", "banded-toeplitz"])
-    def test_largest_error(
-        self, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        arguments = ("--family", family, "--error", "max", "--steps", 8, "--epochs", 2)
-        options = ("--momentum", 0.5, "--bands", 3, "--max-optimizer-steps", 3)
-        job = run(capsys, tmp_path, (*arguments, *options))
-        size = 8 if family == "dense" else 3
-        assert job.grid == [(family, 8, 2, 0.5, size)]
-        independent = {"strategy_coef": np.ones(1)}
-        want = [
-            error("banded-toeplitz", independent, 8, 2, 0.5, largest=True),
-            error(family, mechanism(job, 0), 8, 2, 0.5, largest=True),
-        ]
-        first, before, after = (job.arrays[name].item() for name in ERRORS)
-        is_close_to_upstream([first, after], want)
-        assert after < before < first
-
-    def test_without_matplotlib(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-        monkeypatch.delitem(sys.modules, "jaxmf_opt.cli.plot", raising=False)
-        arguments = ("--steps", 4, "--bands", 2, "--max-optimizer-steps", 1)
-        job = run(capsys, tmp_path, arguments)
-        *_, before_last, last = job.out.splitlines()
-        assert before_last == f"wrote {tmp_path / 'strategies.npz'}"
-        assert "matplotlib" in last
-        assert "pip install 'jaxmf_opt[plot]'" in last
-        assert job.err == ""
-        assert "error_after" in job.arrays
-        assert not (tmp_path / "strategies.png").exists()
+def test_without_steps_and_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "jaxmf_opt.cli.plot", raising=False)
+    job = run(tmp_path, "--steps 9 --bands 3 --max-optimizer-steps 0")
+    assert job.arrays["momentum"].tolist() == [0.0, 0.9]  # the default
+    assert job.out.count(" *  (not converged)") == 2
+    assert np.all(job.arrays["error_after"] == job.arrays["error_before"])
+    *_, before_last, last = job.out.splitlines()
+    assert before_last == f"wrote {tmp_path / 'strategies.npz'}"
+    assert "matplotlib" in last and "pip install 'jaxmf_opt[plot]'" in last
+    assert not (tmp_path / "strategies.png").exists()
 
 
-class _Reached(Exception):  # noqa: N818
-    """Arguments were accepted."""
-
-
-def _product(*members: Sequence[float]) -> list[SetUp]:
-    return [SetUp(*x) for x in itertools.product(*members)]
-
-
-# Arguments, and the set-ups of the first family.
-ACCEPTED: dict[str, tuple[list[str], list[SetUp]]] = {
-    "defaults": ([], _product([500, 2000, 8000], [1], [0, 0.9], [4, 16, 64])),
-    "defaults of a blt": (
-        ["--family", "blt"],
-        _product([500, 2000, 8000], [1], [0, 0.9], [2, 4]),
-    ),
-    "defaults with dense": (
-        ["--family", "blt", "dense"],
-        _product([64, 256], [1], [0, 0.9], [2, 4]),
-    ),
-    "as many bands as steps": (
-        ["--steps", "3", "4", "--bands", "3", "1", "--momentum", "0.5"],
-        _product([3, 4], [1], [0.5], [3, 1]),
-    ),
-    "bands that nobody uses": (
-        ["--family", "blt", "--steps", "3", "--bands", "8", "--buffers", "15"],
-        _product([3], [1], [0, 0.9], [15]),
-    ),
-    "bands that dense does not use": (
-        ["--family", "dense", "--steps", "8", "--momentum", "0"],
-        _product([8], [1], [0], [8]),
-    ),
-    "as many epochs as steps": (
-        ["--family", "dense", "--steps", "8", "4", "--epochs", "4", "--momentum", "0"],
-        [SetUp(8, 4, 0, 8), SetUp(4, 4, 0, 4)],
-    ),
-    "epochs of unequal steps": (
-        ["--steps", "7", "--epochs", "2", "3", "--momentum", "0", "--bands", "2"],
-        _product([7], [2, 3], [0], [2]),
-    ),
-    "the largest matrix": (
-        ["--family", "dense", "--steps", "1024", "--momentum", "0"],
-        [SetUp(1024, 1, 0, 1024)],
-    ),
-    "many steps": (
-        ["--family", "blt", "--steps", "1025", "--momentum", "0", "--buffers", "1"],
-        [SetUp(1025, 1, 0, 1)],
-    ),
+# Arguments, and the set-ups of the first family: the product of these members.
+ACCEPTED: dict[str, list[list[float]]] = {
+    "": [[500, 2000, 8000], [1], [0, 0.9], [4, 16, 64]],
+    "--family blt dense": [[64, 256], [1], [0, 0.9], [2, 4]],
+    "--steps 3 4 --bands 3 1 --epochs 2 3": [[3, 4], [2, 3], [0, 0.9], [3, 1]],
+    # More bands than steps, but no family has any.
+    "--family blt --steps 9 --bands 99 --buffers 15": [[9], [1], [0, 0.9], [15]],
+    "--family dense --steps 1024 --rtol 0 --error max": [[1024], [1], [0, 0.9], [1024]],
 }
 
 
-class TestAcceptedArguments:
-    @pytest.mark.parametrize("case", ACCEPTED)
-    def test_set_ups(self, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        def stop(
-            family: object, setups: Sequence[SetUp], _: Path, **options: object
-        ) -> None:
-            assert options == {
-                "max_error": False,
-                "rtol": 1e-6,
-                "max_optimizer_steps": 500,
-                "progress": False,
-            }
-            raise _Reached(setups)
+@pytest.mark.parametrize("argv", ACCEPTED)
+def test_what_is_run(argv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
 
-        argv, want = ACCEPTED[case]
-        monkeypatch.setattr("jaxmf_opt.cli.main.run", stop)
-        with pytest.raises(_Reached) as reached:
-            main(["--out", str(tmp_path), *argv])
-        assert reached.value.args == (want,)
+    def stop(_: object, setups: list[SetUp], __: Path, **options: object) -> None:
+        seen.extend([setups, options])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxmf_opt.cli.main.run", stop)
+    ended(130, argv, tmp_path)
+    setups, options = seen
+    assert setups == list(itertools.product(*ACCEPTED[argv]))
+    given = {"rtol": 0.0 if "--rtol" in argv else 1e-6, "max_error": "max" in argv}
+    assert options == {"max_optimizer_steps": 500, "progress": False, **given}
 
 
-BANDED = ["--family", "blt", "banded-inverse-toeplitz"]
-DENSE = ["--family", "banded-toeplitz", "dense", "--bands", "2"]
-BAD_ARGUMENTS = {
-    "unknown family": (["--family", "blt", "sparse"], "--family", "'sparse'"),
-    "no family": (["--family"], "--family", "at least one"),
-    "bands larger than steps": (["--steps", "9", "4", "--bands", "8"], "--bands", "8"),
-    "bands of any family": ([*BANDED, "--steps", "9", "4"], "--bands", "64", "4"),
-    "default bands, few steps": (["--steps", "5"], "--bands", "64"),
-    "bands, default steps": (["--bands", "501"], "--bands", "501", "500"),
-    "bands, steps with dense": ([*DENSE, "65"], "--bands", "65", "64"),
-    "epochs more than steps": (
-        ["--steps", "12", "8", "--epochs", "1", "9", "--bands", "2"],
-        *("--epochs", "9", "8"),
-    ),
-    "epochs more than steps, blt": (
-        ["--family", "blt", "--steps", "8", "--epochs", "9"],
-        *("--epochs", "9", "8"),
-    ),
-    "epochs of unequal steps": (
-        [*DENSE, "--steps", "12", "8", "--epochs", "1", "3"],
-        *("--epochs", "3", "8"),
-    ),
-    "epochs, default steps": ([*DENSE, "--epochs", "3"], "--epochs", "3", "64"),
-    "large matrix": ([*DENSE, "--steps", "8", "1025"], "--steps", "1025", "1024"),
-    "0 epochs": (["--epochs", "0"], "--epochs", "'0'"),
-    "half an epoch": (["--epochs", "1", "0.5"], "--epochs", "'0.5'"),
-    "no epochs": (["--epochs"], "--epochs", "at least one"),
-    "0 buffers": (["--buffers", "0"], "--buffers", "'0'"),
-    "16 buffers": (["--buffers", "2", "16"], "--buffers", "'16'", "below 16"),
-    "buffers in words": (["--buffers", "few"], "--buffers", "'few'"),
-    "unknown error": (["--error", "median"], "--error", "'median'"),
-    "no error": (["--error"], "--error", "expected one argument"),
-    "momentum 1": (["--momentum", "0", "1"], "--momentum", "'1'"),
-    "momentum nan": (["--momentum", "nan"], "--momentum", "'nan'"),
-    "negative momentum": (["--momentum", "-0.5"], "--momentum", "'-0.5'"),
-    "no steps": (["--steps"], "--steps", "at least one"),
-    "0 steps": (["--steps", "0"], "--steps", "'0'"),
-    "negative steps": (["--steps", "-3"], "--steps", "'-3'"),
-    "half a step": (["--steps", "2.5"], "--steps", "'2.5'"),
-    "steps in words": (["--steps", "many"], "--steps", "'many'"),
-    "0 bands": (["--bands", "0"], "--bands", "'0'"),
-    "bands in words": (["--bands", "4", "x"], "--bands", "'x'"),
-    "negative limit": (["--max-optimizer-steps", "-1"], "--max-optimizer-steps", "-1"),
-    "no number": (["--max-optimizer-steps", "1e2"], "--max-optimizer-steps", "1e2"),
-    "negative rtol": (["--rtol", "-1"], "--rtol", "'-1'"),
-    "infinite rtol": (["--rtol", "inf"], "--rtol", "'inf'"),
-    "rtol in words": (["--rtol", "tiny"], "--rtol", "'tiny'"),
-    "unknown option": (["--stepz", "4"], "--stepz", "unrecognized"),
-    "no option": (["4"], "4", "unrecognized"),
-    "empty": (["--momentum", ""], "--momentum", "''"),
+# Arguments, and what the message says.
+BAD_ARGUMENTS: dict[str, str] = {
+    "--family blt sparse": "--family: invalid choice: 'sparse'",
+    "--steps 9 4 --bands 8": "--bands: 8 bands are more than the smallest number of",
+    "--family banded-toeplitz dense --bands 65": "of training steps, 64",
+    "--family blt --steps 8 --epochs 1 9": "--epochs: 9 epochs are more than",
+    "--family dense --steps 12 8 --epochs 3": "--epochs: with dense, 3 epochs must",
+    "--family dense --steps 8 1025": "--steps: dense matrices have at most 1024 rows",
+    "--epochs 1 0.5": "--epochs: must be a whole number of at least 1 and below",
+    "--buffers 2 16": "--buffers: must be a whole number of at least 1 and below 16",
+    "--momentum 0 1": "--momentum: must be a number of at least 0 and below 1, got '1'",
+    "--momentum nan": "below 1, got 'nan'",
+    "--steps 0": "--steps: must be a whole number of at least 1",
+    "--max-optimizer-steps -1": "--max-optimizer-steps: must be a whole number of at",
+    "--rtol inf": "--rtol: must be a number of at least 0, got 'inf'",
+    "--stepz 4": "unrecognized arguments: --stepz 4",
 }
-
-
-def check_refusal(code: int | str | None, out: str, err: str, *words: str) -> None:
-    assert code == 2
-    assert out == ""
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
 
 
 class TestBadArguments:
-    @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-    def test_one_line_that_names_it(
-        self, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        argv, *words = BAD_ARGUMENTS[case]
-        directory = tmp_path / "out"
-        with pytest.raises(SystemExit) as exit_:
-            main(["--out", str(directory), *argv])
-        out, err = capsys.readouterr()
-        check_refusal(exit_.value.code, out, err, *words)
-        assert not directory.exists()
+    @pytest.mark.parametrize("argv", BAD_ARGUMENTS)
+    def test_one_line_that_names_it(self, argv: str, tmp_path: Path):
+        assert BAD_ARGUMENTS[argv] in refused(argv, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("below", ["", "below", "far/below"])
+    def test_as_a_process(self):
+        job = process("--momentum 1.5")
+        out, err = job.communicate(timeout=120)
+        assert (job.returncode, out) == (2, "")
+        assert err.startswith("python -m jaxmf_opt: argument --momentum: ")
+
+    @pytest.mark.parametrize(
+        ("in_the_way", "below", "cannot"),
+        [
+            # Nothing can be made below a regular file, not even by root.
+            ("out", "out", "write into {}: "),
+            ("out", "out/far/below", "write into {}: "),
+            ("strategies.png/below", "", "write into {}: "),
+            (UNFINISHED, "", "write {}/" + UNFINISHED),
+        ],
+    )
     def test_a_directory_that_cannot_be_written(
-        self, below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, in_the_way: str, below: str, cannot: str, tmp_path: Path
     ):
-        """Nothing can be made below a regular file, not even by root."""
-        file = tmp_path / "file"
+        file, out = tmp_path / in_the_way, tmp_path / below
+        file.parent.mkdir(exist_ok=True)
         file.write_text("kept")
-        with pytest.raises(SystemExit) as exit_:
-            main(["--steps", "4", "--bands", "2", "--out", str(file / below)])
-        out, err = capsys.readouterr()
-        check_refusal(exit_.value.code, out, err, "--out", str(file / below))
+        line = refused("--steps 4 --bands 2", out)
+        assert "argument --out: cannot " + cannot.format(out) in line
         assert file.read_text() == "kept"
 
-    @pytest.mark.parametrize("name", ["strategies.npz", "strategies.png"])
-    def test_results_that_cannot_be_overwritten(
-        self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        (tmp_path / name / "below").mkdir(parents=True)
-        with pytest.raises(SystemExit) as exit_:
-            main(["--steps", "4", "--bands", "2", "--out", str(tmp_path)])
-        out, err = capsys.readouterr()
-        check_refusal(exit_.value.code, out, err, "--out", str(tmp_path))
+
+def test_help(tmp_path: Path):
+    out, err = ended(0, "--help", tmp_path)
+    assert err == ""
+    assert out.startswith("usage: python -m jaxmf_opt ")
+    options = "--family --steps --epochs --momentum --bands --buffers --error --rtol"
+    for word in (*FAMILIES, *options.split(), "--max-optimizer-steps", "--out"):
+        assert f"\n  {word} " in out
 
 
-RESUMED = ("--steps", 8, 12, "--momentum", 0.5, "--bands", 1, 3)
-UNFINISHED = "jaxmf_opt-unfinished"
-
-
-def _files(directory: Path) -> dict[Path, bytes]:
+def files(directory: Path) -> dict[Path, bytes]:
     """What is in the files below a directory."""
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def _interrupt(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> str:
-    """Ctrl-C once all is solved, and before anything is written; what is said."""
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a job has had Ctrl-C, when all is solved and nothing is written."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+    with monkeypatch.context() as patch:
         patch.setattr("jaxmf_opt.cli.main._write", stop)
-        main([*map(str, arguments), "--out", str(directory)])
-    assert exit_.value.code == 130
-    (job,) = (directory / UNFINISHED).iterdir()
-    return job.name
+        _, err = ended(130, RESUMED, tmp_path)
+    assert "the same command goes on from here" in err
+    return tmp_path
 
 
 class TestUnfinished:
-    def test_leaves_what_is_not_its_own(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        """Whatever there is beside the results, finished or not."""
+    def test_leaves_nothing_but_what_is_not_its_own(self, tmp_path: Path):
         for name in ("finished/of a user", f"{UNFINISHED}/notes", "a/b/sweep.npz"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text("mine")
-        before = _files(tmp_path)
-        job = run(capsys, tmp_path, RESUMED)
-        after = _files(tmp_path)
-        results = [tmp_path / f"strategies.{kind}" for kind in ("npz", "png")]
-        assert {path: after.pop(path)[:2] for path in results} == {
-            results[0]: b"PK",
-            results[1]: PNG[:2],
-        }
-        assert after == before
+        before = files(tmp_path)
+        run(tmp_path, RESUMED)
+        after = files(tmp_path)
+        results = {path.name for path in after.keys() - before.keys()}
+        assert results == {"strategies.npz", "strategies.png"}
+        assert before.items() <= after.items()
         assert [path.name for path in (tmp_path / UNFINISHED).iterdir()] == ["notes"]
-        assert job.err == ""
-
-    def test_nothing_is_left(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-        umask = os.umask(0o027)
-        try:
-            run(capsys, tmp_path / "out", RESUMED)
-        finally:
-            os.umask(umask)
-        results = sorted((tmp_path / "out").iterdir())
-        assert [path.name for path in results] == ["strategies.npz", "strategies.png"]
-        assert {oct(path.stat().st_mode & 0o777) for path in results} == {"0o640"}
 
     def test_goes_on_by_itself(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        self, interrupted: Path, whole: Job, monkeypatch: pytest.MonkeyPatch
     ):
         """And lets no other job do so, nor take it away."""
-        whole = run(capsys, tmp_path / "whole", RESUMED)
-        out = tmp_path / "out"
-        _interrupt(out, monkeypatch, *RESUMED)
-        assert "the same command goes on" in capsys.readouterr().err
-        kept = _files(out)
-        names = [path.name for path in kept]
-        assert sorted(names) == ["000000.npz", "sweep.npz"]
-        other = run(capsys, out, (*RESUMED, "--max-optimizer-steps", 1))
+        kept = files(interrupted)
+        assert sorted(path.name for path in kept) == ["000000.npz", "sweep.npz"]
+        other = run(interrupted, f"{RESUMED} --max-optimizer-steps 1")
         assert other.arrays["optimizer_steps"].max() == 1
-        assert kept.items() <= _files(out).items()
+        assert kept.items() <= files(interrupted).items()
 
         def none_is_solved(*_: Any) -> Any:
             raise AssertionError("a batch is solved again")
 
         with monkeypatch.context() as patch:
             patch.setattr("jaxmf_opt.sweeps._runner.BatchRunner._solve", none_is_solved)
-            _same_arrays(whole, run(capsys, out, RESUMED))
-        assert not (out / UNFINISHED).exists()
+            job = run(interrupted, RESUMED)
+        for name in ("error_after", "optimizer_steps"):
+            assert_array_equal(job.arrays[name], whole.arrays[name][:1])
+        assert not (interrupted / UNFINISHED).exists()
 
-    def test_two_at_a_time(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        """The second of two that are the same is refused."""
-        _interrupt(tmp_path, monkeypatch, *RESUMED)
-        capsys.readouterr()
-        (unfinished,) = (tmp_path / UNFINISHED).iterdir()
-        with locked(unfinished), pytest.raises(SystemExit) as exit_:
-            main([*map(str, RESUMED), "--out", str(tmp_path)])
-        out, err = capsys.readouterr()
-        check_refusal(exit_.value.code, out, err, "--out", "same job", str(tmp_path))
-
-    def test_damaged(
-        self,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        _interrupt(tmp_path, monkeypatch, *RESUMED)
-        capsys.readouterr()
-        (path,) = tmp_path.rglob("sweep.npz")
-        path.write_bytes(b"")
-        with pytest.raises(SystemExit) as exit_:
-            main([*map(str, RESUMED), "--out", str(tmp_path)])
-        out, err = capsys.readouterr()
-        check_refusal(exit_.value.code, out, err, "--out", str(path.parent), "damaged")
-
-    @pytest.mark.parametrize("name", [UNFINISHED, f"{UNFINISHED}/job"])
-    def test_cannot_be_written(
-        self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("jaxmf_opt.cli.main._digest", lambda _: "job")
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text("in the way")
-            with pytest.raises(SystemExit) as exit_:
-                main([*map(str, RESUMED), "--out", str(tmp_path)])
-        out, err = capsys.readouterr()
-        check_refusal(exit_.value.code, out, err, "--out", str(tmp_path / name))
-        assert (tmp_path / name).read_text() == "in the way"
-        assert not (tmp_path / "strategies.npz").exists()
-
-    def test_killed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def test_killed(self, tmp_path: Path, whole: Job):
         """A run that is killed between two families goes on with the second."""
-        arguments = ("--family", "banded-toeplitz", "blt", *RESUMED, "--buffers", 1)
-        whole = run(capsys, tmp_path / "whole", arguments)
-        out = tmp_path / "killed"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jaxmf_opt", *map(str, arguments), "--out", out],
-            stdout=subprocess.DEVNULL,
-            env=_ENVIRONMENT,
-        )
+        job = process(f"{BOTH} --out {tmp_path}")
         limit = time.monotonic() + 60
-        while time.monotonic() < limit and not any(out.rglob("000000.npz")):
+        while time.monotonic() < limit and not any(tmp_path.rglob("000000.npz")):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert not (out / "strategies.npz").exists()
-        (first,) = out.rglob("000000.npz")
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+        assert job.returncode == -signal.SIGKILL
+        assert not (tmp_path / "strategies.npz").exists()
+        (first,) = tmp_path.rglob("000000.npz")
         assert first.parent.parent.name == "banded-toeplitz"
-        _same_arrays(whole, run(capsys, out, arguments))
-        assert not (out / UNFINISHED).exists()
+        again = run(tmp_path, BOTH)
+        assert again.arrays.keys() == whole.arrays.keys()
+        for name, array in whole.arrays.items():
+            assert_array_equal(array, again.arrays[name], err_msg=name)
+        assert not (tmp_path / UNFINISHED).exists()
 
+    def test_two_at_a_time(self, interrupted: Path):
+        """The second of two that are the same is refused."""
+        (unfinished,) = (interrupted / UNFINISHED).iterdir()
+        with locked(unfinished):
+            line = refused(RESUMED, interrupted)
+        assert f"argument --out: the same job is at work in {interrupted}" in line
 
-def _same_arrays(one: Job, other: Job) -> None:
-    assert one.arrays.keys() == other.arrays.keys()
-    for name, array in one.arrays.items():
-        np.testing.assert_array_equal(array, other.arrays[name], err_msg=name)
-
-
-def test_help(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    out, err = capsys.readouterr()
-    assert exit_.value.code == 0
-    assert err == ""
-    assert out.startswith("usage: python -m jaxmf_opt ")
-    options = (
-        "family steps epochs momentum bands buffers error max-optimizer-steps rtol"
-    )
-    for word in (*options.split(), "out"):
-        assert f"\n  --{word} " in out
-    for family in FAMILIES:
-        assert f"\n  {family} " in out
-
-
-class TestAsAProcess:
-    def test_help(self):
-        done = _process("--help")
-        assert done.returncode == 0
-        assert done.stderr == ""
-        assert done.stdout.startswith("usage: python -m jaxmf_opt ")
-
-    def test_bad_argument(self):
-        done = _process("--momentum", "1.5")
-        words = ("python -m jaxmf_opt: ", "--momentum", "'1.5'")
-        check_refusal(done.returncode, done.stdout, done.stderr, *words)
-
-
-# JAX need not look for accelerators, nor talk about it.
-_ENVIRONMENT = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
-    "JAX_NUMPY_RANK_PROMOTION": "allow",
-}
-
-
-def _process(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jaxmf_opt", *argv],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=_ENVIRONMENT,
-    )
+    def test_damaged(self, interrupted: Path):
+        (path,) = interrupted.rglob("sweep.npz")
+        path.write_bytes(b"")
+        line = refused(RESUMED, interrupted)
+        assert "argument --out: " in line and "damaged" in line
+        assert str(path.parent) in line
