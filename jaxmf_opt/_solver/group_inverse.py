@@ -71,19 +71,21 @@ def _group_inverse(
     # Without the barrier XLA's CPU backend fuses an FFT's transposed output into the
     # factorisation, and then fails on its layout.
     matrix = jax.lax.optimization_barrier(matrix)
-    # What is known to be singular is made regular: the direction `null`, and variables
-    # that are in nothing.
     matrix = without_null(without_null(matrix, null).T, null).T
+    # A variable that is in nothing is singular by itself.
     absent = jnp.all(matrix == 0, axis=0) & jnp.all(matrix == 0, axis=1)
-    size = jnp.max(jnp.abs(matrix))
-    matrix = matrix + size * jnp.tensordot(null, null, axes=0)
     matrix = matrix + jnp.diag(jnp.where(absent, 1.0, 0.0))
     rows, columns = _equilibrate(matrix)
     if symmetric:
         rows = columns = jnp.exp2(jnp.round(jnp.log2(rows * columns) / 2))
     scaled = rows[:, None] * matrix * columns[None, :]
-    inverse = _inverse(scaled, definite=symmetric)
-    condition = _norm_1(scaled) * _norm_1(inverse)
+    # What is known to be null is made regular, in units in which all rows are alike: in
+    # others it would outweigh the rows of some variables.
+    along = null / columns
+    along /= jnp.where(jnp.any(along != 0), jnp.linalg.norm(along), 1.0)
+    regular = scaled + jnp.tensordot(along, along, axes=0)
+    inverse = _inverse(regular, definite=symmetric)
+    condition = _norm_1(regular) * _norm_1(inverse)
     inverse = jax.lax.cond(
         condition <= _REGULAR,
         lambda: columns[:, None] * inverse * rows[None, :],

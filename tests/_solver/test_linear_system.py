@@ -100,6 +100,33 @@ def test_without_a_matrix_it_is_of_use(kind: str):
         np.testing.assert_allclose(got, inverse @ b, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("spread", [0, 3, 6])
+@pytest.mark.parametrize("solver", ["direct", None], ids=["direct", "matrix-free"])
+def test_a_known_null_vector_in_any_units(solver: Any, spread: int):
+    """What does not depend on the scale of the variables is right, or NaN."""
+    n, rng = 5, np.random.default_rng(0)
+    null = rng.uniform(0.5, 2.0, n)
+    outside = np.eye(n) - np.outer(null, null) / (null @ null)
+    root = rng.normal(size=(n, n))
+    matrix = outside @ (root @ root.T + np.eye(n)) @ outside
+    b = outside @ rng.normal(size=n)
+    want = np.linalg.pinv(matrix, rcond=1e-10) @ b
+    units = 10.0 ** np.linspace(-spread, spread, n)
+    in_units, along = matrix / np.outer(units, units), units * null
+    along /= np.linalg.norm(along)
+    with jax.enable_x64():
+        a, v, rhs = map(jnp.asarray, (in_units, along, b / units))
+        if solver == "direct":
+            got = group_inverse(a, v, True) @ rhs
+        else:
+            got = MatrixFree(lambda a, v: a @ v, True, None).solve(a, v, rhs)
+        got = outside @ (np.asarray(got) / units)
+    if solver is None and np.isnan(got).all():
+        assert spread > 0
+        return
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_derivatives_of_the_group_inverse():
     """Along a path of matrices of one rank, against differences."""
     with jax.enable_x64():
