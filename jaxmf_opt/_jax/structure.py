@@ -43,12 +43,20 @@ class Structure:
       has_custom_vjp: Whether one of those rules is for reverse mode alone.
     """
 
-    __slots__ = ("_hash", "_key", "has_custom_rules", "has_custom_vjp", "jaxpr")
+    __slots__ = (
+        "_contexts",
+        "_hash",
+        "_key",
+        "has_custom_rules",
+        "has_custom_vjp",
+        "jaxpr",
+    )
 
     def __init__(self, jaxpr: jex.ClosedJaxpr):
         self.jaxpr = jaxpr
         self.has_custom_rules = False
         self.has_custom_vjp = False
+        self._contexts: dict[int, Hashable] = {}
         self._key = self._closed(jaxpr)
         self._hash = hash(self._key)
 
@@ -97,14 +105,17 @@ class Structure:
 
     def _context(self, context: Any) -> Hashable:
         """The settings in which an equation was traced: it is lowered in them, too."""
+        if id(context) in self._contexts:  # (the program keeps it alive)
+            return self._contexts[id(context)]
         names = getattr(type(context), "__slots__", None) or getattr(
             context, "__dict__", ()
         )
-        return tuple(
+        settings = tuple(
             (n, self._value(getattr(context, n, None)))
             for n in names
             if not n.startswith("__")
         )
+        return self._contexts.setdefault(id(context), settings)
 
     def _value(self, v: Any) -> Hashable:
         if isinstance(v, jex.ClosedJaxpr):

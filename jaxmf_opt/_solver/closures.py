@@ -105,7 +105,10 @@ def _changed(x: Any, parents: tuple[int, ...]) -> Any:
         case types.FunctionType():
             return _function(x, parents)
     if isinstance(x, _JITTED):
-        return _changed(getattr(x, "__wrapped__", x), parents)
+        # (Only then is it not marked any more: JAX keeps the trace of what is.)
+        wrapped = getattr(x, "__wrapped__", x)
+        changed = _changed(wrapped, parents)
+        return x if changed is wrapped else changed
     return x
 
 
