@@ -23,7 +23,7 @@ from .minimiser import LeanOptaxMinimiser
 from .resume import as_float64, matches_problem, start, with_history_buffer
 from .solution import Solution
 from .spec import SolveSpec, Tolerances
-from .state import MinimiserState, SolverState
+from .state import Evaluations, MinimiserState, SolverState
 from .stationarity import stalled_at_minimum
 
 # optimistix has it jitted, with the loss as a static argument: JAX then keeps the last
@@ -185,12 +185,20 @@ def judge_stall(
     Returns:
       The solution.
     """
-    at_minimum = stalled_at_minimum(
+    at_minimum, trials = stalled_at_minimum(
         lambda y: spec.program.loss(y, captured), solution.state
     )
     stagnant = solution.result == RESULTS.stagnation
     result = RESULTS.where(stagnant & at_minimum, RESULTS.successful, solution.result)
-    return eqx.tree_at(lambda s: s.result, solution, result)
+    none = jnp.zeros_like(trials)
+    evaluations = solution.state.minimiser.evaluations.plus(
+        none, Evaluations(trials, none)
+    )
+    return eqx.tree_at(
+        lambda s: (s.result, s.stats["num_loss_evaluations"]),
+        solution,
+        (result, _count(spec, evaluations.loss)),
+    )
 
 
 def finish(spec: SolveSpec, end: SolverState, limit: Int[Array, ""]) -> Solution:
@@ -214,7 +222,6 @@ def finish(spec: SolveSpec, end: SolverState, limit: Int[Array, ""]) -> Solution
     result = RESULTS.where(state.stalled, stagnant, at_limit)
     result = RESULTS.where(success, RESULTS.successful, result)
     result = RESULTS.where(finite, result, RESULTS.nonfinite)
-    most = jnp.iinfo(spec.int_dtype).max
     counts = {
         "num_steps": state.step,
         "max_steps": limit,
@@ -224,10 +231,15 @@ def finish(spec: SolveSpec, end: SolverState, limit: Int[Array, ""]) -> Solution
     floats: dict[str, PyTree] = {"loss": last.loss, "grad_norm": last.grad_norm}
     if state.history is not None:
         floats["history"] = state.history
-    stats = {k: jnp.minimum(n, most).astype(spec.int_dtype) for k, n in counts.items()}
+    stats = {k: _count(spec, n) for k, n in counts.items()}
     stats |= jax.tree.map(lambda x: _in_range(spec, x), floats)
     end = SolverState(end.params, state.with_history(None))
     return Solution(last.params, result, None, stats, end, last.loss)
+
+
+def _count(spec: SolveSpec, n: Int[Array, ""]) -> Int[Array, ""]:
+    """In the caller's dtype, or the largest number of it."""
+    return jnp.minimum(n, jnp.iinfo(spec.int_dtype).max).astype(spec.int_dtype)
 
 
 def _in_range(spec: SolveSpec, x: Array) -> Array:

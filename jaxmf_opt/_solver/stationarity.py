@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, PyTree, Scalar, Shaped
+from jaxtyping import Array, Bool, Int, PyTree, Scalar, Shaped
 
 from .convergence import relative_gradient, size_of_loss
 from .optimizers import DEFAULT_OPTIMIZER, optimizer_key
@@ -76,7 +76,7 @@ def default_stands_still(
 
 def stalled_at_minimum(
     loss_fn: Callable[[PyTree], Scalar], end: SolverState
-) -> Bool[Array, ""]:
+) -> tuple[Bool[Array, ""], Int[Array, ""]]:
     """Whether an optimizer stands still where it should: at a minimum.
 
     There the gradient is small, and nowhere along it is the loss visibly smaller. An
@@ -90,7 +90,8 @@ def stalled_at_minimum(
       end: Where the solve has ended.
 
     Returns:
-      Whether it does. Nothing is evaluated if it does not stand still.
+      Whether it does, and how often the loss was evaluated to find that out: never if
+      it does not stand still.
     """
     y, state = end.params, end.minimiser
     steepness = relative_gradient(y, state.loss, state.grad, state.first_loss)
@@ -121,8 +122,8 @@ def stalled_at_minimum(
         return trial + 1, loss_fn(unravel(flat - step)) < state.loss - noise
 
     start = (jnp.array(0), jnp.array(False))
-    _, found = jax.lax.while_loop(goes_on, probe, start)
-    return is_flat & ~found
+    trials, found = jax.lax.while_loop(goes_on, probe, start)
+    return is_flat & ~found, trials
 
 
 def _changes_nothing(y: PyTree, update: PyTree) -> Bool[Array, ""]:
