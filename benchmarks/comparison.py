@@ -50,6 +50,7 @@ from jaxtyping import Array
 
 from . import profiles, report
 from .common import least_seconds, progress, seconds
+from .flags import COMPILE_QUICKLY, known
 from .peers import OURS, THEIRS, Loss, Peer, ours
 from .problems import Problem, banded, mechanisms, unconstrained_cutest
 
@@ -57,10 +58,16 @@ MAX_SIZE, MAX_STEPS, GTOL, FTOL = 200, 1000, 1e-5, 1e-8
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 PATIENCE = 10.0  # seconds, after which no smaller tolerance is tried
 LANES = 64
-# Compiled in a third of the time, with other roundings: enough to solve one of so many
-# problems or not.
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 PACKAGES = ("jax", "optax", "optimistix", "jaxopt", "scipy", "jax-privacy", "sif2jax")
+
+
+@functools.cache
+def quickly() -> dict[str, Any]:
+    """To compile in a third of the time, with other roundings.
+
+    They are enough to solve one of so many problems or not.
+    """
+    return known(COMPILE_QUICKLY)
 
 
 class End(NamedTuple):
@@ -114,10 +121,10 @@ def run_cutest(peers: Mapping[str, Peer], problems: list[Problem]) -> dict[str, 
     """For each solver and problem: solved, what it says, evaluations."""
     results: dict[str, dict[str, Any]] = {name: {} for name in peers}
     for problem in progress(problems, "CUTEst", lambda p: p.name):
-        both = jax.jit(jax.value_and_grad(problem.loss), compiler_options=FAST)
+        both = jax.jit(jax.value_and_grad(problem.loss), compiler_options=quickly())
         ends, at_end = {}, {}
         for name, peer in peers.items():
-            options = {"compiler_options": FAST} if peer.compiled else {}
+            options = {"compiler_options": quickly()} if peer.compiled else {}
             end = attempt(
                 functools.partial(counted_end, peer, problem, GTOL, **options)
             )

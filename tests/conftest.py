@@ -10,6 +10,8 @@ import hypothesis
 import jax
 import pytest
 
+from benchmarks.flags import COMPILE_QUICKLY, as_flag, known
+
 hypothesis.settings.register_profile(
     "suite", deadline=None, derandomize=True, max_examples=25
 )
@@ -65,9 +67,6 @@ def pytest_addoption(parser: pytest.Parser):
     )
 
 
-# Most of the time goes into compiling programs that run once, so XLA is to hurry.
-_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
 # Types and ranks of arrays are not to be mixed without saying so.
 _STRICT = {
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
@@ -101,9 +100,12 @@ def pytest_configure(config: pytest.Config):
     )
     if hasattr(config, "workerinput"):  # the environment of the first process is ours
         return
-    flags = os.environ.get("XLA_FLAGS", "").replace(_QUICK, "")  # ours, if inherited
-    quick = "" if config.option.optimized else _QUICK
-    os.environ["XLA_FLAGS"] = f"{flags} {quick}".strip()
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    ours = {as_flag(*option) for option in COMPILE_QUICKLY.items()}
+    flags = [flag for flag in flags if flag not in ours]  # if inherited
+    if not config.option.optimized:
+        flags += [as_flag(*option) for option in known(COMPILE_QUICKLY).items()]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ.update(_CACHE | _STRICT)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp()
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))

@@ -16,6 +16,8 @@ import time
 
 import jax
 
+from ..flags import COMPILE_QUICKLY, as_flag, known
+
 # What one case may take before its stack is printed and the run ends.
 _LIMIT = 300
 
@@ -31,12 +33,8 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="print each case")
     args = parser.parse_args()
 
-    # Nearly all of the time goes into compiling programs that run once.
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags += " --xla_backend_optimization_level=0"
-    if jax.__version_info__ < (0, 12):  # later releases do not know it
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = flags.strip()
+    flags = [as_flag(*option) for option in known(COMPILE_QUICKLY).items()]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
     jax.config.update("jax_num_cpu_devices", args.devices)
     from . import cases
 
