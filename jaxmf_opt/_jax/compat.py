@@ -4,8 +4,22 @@ Nothing else in the package imports it from there. Each name says what it is for
 happens where it has moved, and which test notices.
 """
 
+import warnings
+
 import equinox.internal as eqxi
+import jax
 import jaxlib.version
+
+# The newest release of JAX with which the whole suite has been run. With others there
+# is a warning. tests/_jax/test_compat.py
+NEWEST_TESTED = (0, 12)
+if jax.__version_info__[:2] > NEWEST_TESTED:
+    warnings.warn(
+        f"jaxmf_opt has not been tested with JAX {jax.__version__}: the newest release "
+        f"that it is known to work with is {'.'.join(map(str, NEWEST_TESTED))}. If "
+        "something fails deep inside of JAX, install that one.",
+        stacklevel=2,
+    )
 
 try:
     # Whether JAX has started its threads, which it has no public way to say. Without
@@ -39,6 +53,14 @@ try:
     from jax._src.config import disable_bwd_checks as disable_bwd_checks
 except ImportError:
     disable_bwd_checks = None
+
+try:
+    # Expands in a program what JAX 0.12 has as primitives of a higher level, such
+    # as `jnp.interp`. Earlier releases have none of them; without it, losses that use
+    # them cannot be compiled. tests/_jax/test_lowering.py
+    from jax._src.interpreters.partial_eval import lower_jaxpr2 as expand_jaxpr
+except ImportError:
+    expand_jaxpr = None
 
 # The arrays that a function closes over, as leaves of a pytree. It has no public name
 # in equinox; the import fails without it. tests/_solver/test_optimizers.py

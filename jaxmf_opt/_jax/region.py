@@ -24,6 +24,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
+from .compat import expand_jaxpr
 from .host_callback import OriginalExceptions, calls_host
 from .lapack import one_by_one, with_fresh_caches
 from .loss_callbacks import has_callbacks, with_all_bits
@@ -194,6 +195,22 @@ def _with_int64_dimensions(ctx: Any) -> Any:
 
 
 mlir.register_lowering(region_p, _lower)
+
+
+# Some functions of JAX 0.12 (`jnp.interp`, for example) are primitives of a higher
+# level, which it expands after all transformations; in a region with the switch on.
+def _to_lojax(*args: Any, jaxpr: jex.ClosedJaxpr, rule: Any) -> list[Any]:
+    if expand_jaxpr is None:
+        raise NotImplementedError(
+            "jaxmf_opt does not know how this release of JAX expands the primitives "
+            "of a higher level that `loss_fn` uses. Install one that is known to work."
+        )
+    with inside_region():
+        expanded = expand_jaxpr(jaxpr)
+    return region_p.bind(*args, jaxpr=expanded, rule=rule)
+
+
+region_p.to_lojax = _to_lojax
 
 
 # The tangents are a region of their own, so that a linearisation can keep the primal
