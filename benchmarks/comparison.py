@@ -22,8 +22,6 @@ that was found. Numbers are those of the fastest such tolerance.
   momentum is, relatively, from one by linear algebra on the Hessian; milliseconds of
   it. By reverse mode, or by forward mode if that raises or is NaN.
 
-Where JAX has a GPU, the mechanisms are measured there once more, with absolute times.
-
 `python -m benchmarks.comparison` takes about half an hour and writes a JSON file and
 pictures into `out/`; `--quick` takes the first three problems of each kind. `--show
 FILE` prints the table of such a file; that in the README is of
@@ -304,26 +302,14 @@ def measure(quick: bool) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in PACKAGES}
     results: dict[str, Any] = {"versions": versions, "cores": os.cpu_count()}
     results["python"] = platform.python_version()
-    with jax.enable_x64():
-        with jax.default_device(cpu):
-            results |= _on_device(by_rtol | THEIRS, few)
-            results["derivative"] = run_derivative(by_rtol | THEIRS)
-            problems = list(unconstrained_cutest(MAX_SIZE))[few]
-            results["cutest"] = run_cutest(by_gradient | THEIRS, problems)
-        if jax.default_backend() == "gpu":
-            device = jax.devices()[0]
-            with jax.default_device(device):
-                compiled = {k: p for k, p in THEIRS.items() if p.compiled}
-                results["gpu"] = _on_device(by_rtol | compiled, few)
-                results["gpu"]["device"] = device.device_kind
+    with jax.enable_x64(), jax.default_device(cpu):
+        peers = by_rtol | THEIRS
+        results["mechanisms"] = run_mechanisms(peers, list(mechanisms())[few])
+        results["batch"] = run_batch(peers, LANES)
+        results["derivative"] = run_derivative(peers)
+        problems = list(unconstrained_cutest(MAX_SIZE))[few]
+        results["cutest"] = run_cutest(by_gradient | THEIRS, problems)
     return results
-
-
-def _on_device(peers: Mapping[str, Peer], few: slice) -> dict[str, Any]:
-    return {
-        "mechanisms": run_mechanisms(peers, list(mechanisms())[few]),
-        "batch": run_batch(peers, LANES),
-    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -348,9 +334,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(report.table(results), end="\n\n")
     print(*report.details(results), sep="\n")
-    if "gpu" in results:
-        print(f"\non {results['gpu']['device']}")
-        print(*report.details(results["gpu"]), sep="\n")
 
 
 if __name__ == "__main__":
