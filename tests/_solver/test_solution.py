@@ -79,10 +79,10 @@ class TestStats:
         np.testing.assert_allclose(state.grad, quartic_grad(y, ROWS[0]), atol=1e-12)
 
     def test_numbers_that_the_callers_floats_do_not_have(self):
-        solution = solve(lambda y: 1e300 * (y + y**2), 1.0, max_optimizer_steps=2)
+        solution = solve(lambda y: 1e100 * (y + y**2), 1.0, max_optimizer_steps=2)
         assert solution.stats["loss"].dtype == jnp.float32
         assert np.isfinite(solution.stats["loss"])
-        assert float(solution.state.minimiser.loss) < -1e299
+        assert float(solution.state.minimiser.loss) < -1e99
 
 
 def _is_even(step: Any, **_: Any) -> Any:
@@ -241,9 +241,9 @@ HARD = {
         lambda y: 1e300 * ((y - 0.25) ** 2).sum(), 1.0, STUCK, LIMIT, NONFINITE, STUCK
     ),
     "too steep": Case(
-        lambda y: 1e6 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2,
+        lambda y: 1e8 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2,
         -1.2,
-        *(STUCK, LIMIT, NONFINITE, OK),
+        *(STUCK, LIMIT, NONFINITE, LIMIT),
     ),
 }
 SOLVERS: list[dict[str, Any]] = [
