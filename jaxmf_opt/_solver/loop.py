@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Int
 
@@ -28,7 +29,8 @@ class Pause(NamedTuple):
         self, on: Bool[Array, ""], steps_taken: Int[Array, ""]
     ) -> Bool[Array, ""]:
         """Whether to interrupt a solve that has, or has not, anything left to do."""
-        running = jax.lax.psum(on.astype(int), self.axis_name)
+        # (Not by `psum`, which JAX 0.12 cannot lower in a loop under an explicit mesh.)
+        running = jnp.sum(jax.lax.all_gather(on, self.axis_name).astype(int))
         return (steps_taken >= self.steps) | (running <= self.keep)
 
 
