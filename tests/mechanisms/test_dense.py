@@ -260,10 +260,10 @@ class TestBatches:
         )
         assert_allclose(before, 1, rtol=1e-12)
         for i, (name, s) in enumerate(SET_UPS.items()):
-            # Where a loss is not smooth, steps of L-BFGS can be thousands of gradients
-            # that nearly cancel, with rounding errors as large.
-            rtol = 1e-8 if s.max_error else 1e-12
-            assert_allclose(after[i], 1, rtol=rtol)
+            # Near the optimum, and where a loss is not smooth, steps of L-BFGS can be
+            # thousands of gradients that nearly cancel, with rounding errors as large.
+            # (How large depends on the release of XLA.)
+            assert_allclose(after[i], 1, rtol=1e-8)
             if not s.max_error:
                 _, error, scale = upstream(name)
                 assert losses[i] <= scale * error * (1 + 1e-9)
