@@ -27,40 +27,39 @@ def _robust(without: str = "", **options: Any) -> optax.GradientTransformation:
     def part(name: str, wrap: Callable[..., Any], inner: Any, *more: Any) -> Any:
         return inner if name == without else wrap(inner, *more)
 
-    numbers = {"memory_size": 40, "max_linesearch_steps": 30, "curv_rtol": 0.2}
-    numbers |= {"min_ratio": 100.0}
-    memory, trials, curvature, ratio = (numbers | options).values()
+    numbers = {"memory_size": 40, "trials": 40, "curv_rtol": 0.9, "ulps": 4.0}
+    numbers |= {"fraction": 0.1, "min_ratio": 100.0}
+    memory, trials, curvature, ulps, fraction, ratio = (numbers | options).values()
     lbfgs = optax.scale_by_lbfgs(memory)
     lbfgs = part("skip_bad_pairs", robust.skip_bad_pairs, lbfgs)
     lbfgs = part("rescale_variables", robust.rescale_variables, lbfgs, ratio)
     lbfgs = part("restart_when_stuck", robust.restart_when_stuck, lbfgs)
-    lbfgs = part("short_first_step", robust.short_first_step, lbfgs)
-
-    def search(rtol: Any) -> Any:
-        zoom: Any = optax.scale_by_zoom_linesearch(
-            trials,
-            curv_rtol=curvature,
-            approx_dec_rtol=rtol,
-            initial_guess_strategy="one",
-        )
-        zoom = part("finite_trials", robust.finite_trials, zoom)
-        return part("refuse_uphill", robust.refuse_uphill, zoom, rtol)
-
-    if without == "rounding_floor":
-        return optax.chain(lbfgs, optax.scale(-1.0), search(1e-6))
-    return optax.chain(lbfgs, optax.scale(-1.0), robust.rounding_floor(search))
+    lbfgs = part("short_first_step", robust.short_first_step, lbfgs, fraction)
+    search = robust.scale_by_weak_wolfe_linesearch(
+        trials, curv_rtol=curvature, ulps=ulps
+    )
+    return optax.chain(lbfgs, optax.scale(-1.0), search)
 
 
-PARTS = (
-    *("skip_bad_pairs", "rescale_variables", "restart_when_stuck", "short_first_step"),
-    *("finite_trials", "refuse_uphill", "rounding_floor"),
-)
+def _by_zoom() -> optax.GradientTransformation:
+    """With optax's own line search."""
+    lbfgs = robust.skip_bad_pairs(optax.scale_by_lbfgs(40))
+    lbfgs = robust.restart_when_stuck(robust.rescale_variables(lbfgs))
+    zoom = optax.scale_by_zoom_linesearch(30, initial_guess_strategy="one")
+    return optax.chain(robust.short_first_step(lbfgs), optax.scale(-1.0), zoom)
+
+
+PARTS = ("skip_bad_pairs", "rescale_variables", "restart_when_stuck")
 VARIANTS: dict[str, Peer] = {
     "ROBUST_OPTIMIZER": Peer(ours(ROBUST_OPTIMIZER)),
     **{f"without {name}": Peer(ours(_robust(name))) for name in PARTS},
+    "without short_first_step": Peer(ours(_robust("short_first_step"))),
+    "with a zoom line search": Peer(ours(_by_zoom())),
     **{f"memory {m}": Peer(ours(_robust(memory_size=m))) for m in (10, 20, 60)},
-    "20 trials": Peer(ours(_robust(max_linesearch_steps=20))),
-    **{f"curvature {c}": Peer(ours(_robust(curv_rtol=c))) for c in (0.1, 0.3, 0.9)},
+    "20 trials": Peer(ours(_robust(trials=20))),
+    **{f"curvature {c}": Peer(ours(_robust(curv_rtol=c))) for c in (0.2, 0.5)},
+    "no slack": Peer(ours(_robust(ulps=0.0))),
+    "first step of 1%": Peer(ours(_robust(fraction=0.01))),
     "units always": Peer(ours(_robust(min_ratio=1.0))),
     "SciPy L-BFGS-B": L_BFGS_B,
     "SciPy BFGS": Peer(scipy_with("BFGS"), compiled=False, traceable=False),

@@ -30,7 +30,7 @@ HANDED_OUT = {
     *("Lane", "Solution", "History", "MinimiserState", "SolverState", "Record"),
     *("SweepInterrupted", "SweepTable", "Buffers", "RescaledState", "RestartState"),
     *("RobustOptimizer", "skip_bad_pairs", "rescale_variables", "restart_when_stuck"),
-    *("short_first_step", "finite_trials", "refuse_uphill", "rounding_floor"),
+    "short_first_step",
 }
 
 

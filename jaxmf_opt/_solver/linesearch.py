@@ -1,9 +1,7 @@
 """What optax's line searches leave in the state of an optimizer."""
 
-import types
-import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +19,9 @@ _KINDS = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchS
 def ends_with_linesearch(optimizer: optax.GradientTransformation) -> bool:
     """Whether an optimizer moves to the very point that its line search accepts.
 
-    So it is if it is an `optax.chain` with a line search of optax at its end. That is
-    seen by the code of its functions. A state does not show it: whatever wraps a chain
-    may change the step, and hand on the state.
+    So it is if it is an `optax.chain` with a line search of optax, or of this library,
+    at its end. That is seen by the code of its functions. A state does not show it:
+    whatever wraps a chain may change the step, and hand on the state.
     """
     return _is_linesearch(optimizer.update)
 
@@ -36,27 +34,23 @@ def _is_linesearch(update: Any) -> bool:
         names = update.__code__.co_freevars
         cell = update.__closure__[names.index("update_fns")]
         return _is_linesearch(cell.cell_contents[-1])
-    if isinstance(update, types.FunctionType) and update in _keeping:
-        return _is_linesearch(_keeping[update])
     return False
 
 
-def keeps_the_step(
-    optimizer: optax.GradientTransformationExtraArgs,
-    inner: optax.GradientTransformation,
+def register_linesearch(
+    linesearch: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Declares that a transformation moves to the point that another accepts.
+    """Declares that a transformation is a line search like optax's zoom.
 
     Args:
-      optimizer: A transformation around a line search.
-      inner: The line search.
+      linesearch: A transformation whose state is that of optax's zoom line search, or a
+        tuple that ends in one. Each trial evaluates the gradient.
 
     Returns:
-      `optimizer`.
+      `linesearch`.
     """
-    # By the function itself: `functools.wraps` copies names and attributes.
-    _keeping[cast(types.FunctionType, optimizer.update)] = inner.update
-    return optimizer
+    _LINESEARCHES.add(_code(linesearch))
+    return linesearch
 
 
 def _code(optimizer: optax.GradientTransformation) -> Any:
@@ -68,8 +62,6 @@ _LINESEARCHES = {
     _code(optax.scale_by_zoom_linesearch(1)),
     _code(optax.scale_by_backtracking_linesearch(1)),
 } - {None}
-_keeping: weakref.WeakKeyDictionary[types.FunctionType, Any]
-_keeping = weakref.WeakKeyDictionary()
 
 
 def stored(opt_state: PyTree, y: PyTree) -> _LineSearchState | None:

@@ -142,7 +142,7 @@ def restart_when_stuck(
     """Forgets everything where the direction or the last step is of no use.
 
     That is where the direction does not descend (or is nan), and where the parameters
-    have not moved since the last update: the line search failed, see `refuse_uphill`.
+    have not moved since the last update: the line search found no decrease.
     The update is then that of a fresh state, along the gradient.
 
     Only the sign of the slope is tested: in a narrow valley a sound direction may be
@@ -179,7 +179,7 @@ def restart_when_stuck(
 
 
 def short_first_step(
-    lbfgs: optax.GradientTransformation, fraction: float = 0.01
+    lbfgs: optax.GradientTransformation, fraction: float = 0.1
 ) -> optax.GradientTransformation:
     """Limits the first step after a (re)start to a fraction of the parameters' size.
 

@@ -1,7 +1,5 @@
 """L-BFGS with all the remedies together."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
@@ -13,7 +11,7 @@ from ._directions import (
     short_first_step,
     skip_bad_pairs,
 )
-from ._lengths import finite_trials, refuse_uphill, rounding_floor
+from ._linesearch import scale_by_weak_wolfe_linesearch
 
 
 class RobustOptimizer(optax.GradientTransformationExtraArgs):
@@ -37,9 +35,9 @@ class RobustOptimizer(optax.GradientTransformationExtraArgs):
 
 
 def robust_lbfgs(
-    memory_size: int = 40, max_linesearch_steps: int = 30, curv_rtol: float = 0.2
+    memory_size: int = 40, max_linesearch_steps: int = 40, curv_rtol: float = 0.9
 ) -> RobustOptimizer:
-    """L-BFGS with all the remedies of this module.
+    """L-BFGS with the remedies and the line search of this module.
 
     Args:
       memory_size: The number of pairs that L-BFGS keeps.
@@ -63,23 +61,10 @@ def robust_lbfgs(
       Array([1., 1.], dtype=float32)
     """
     check_positive("memory_size", memory_size, whole=True)
-    check_positive("max_linesearch_steps", max_linesearch_steps, whole=True)
-    if not (isinstance(curv_rtol, (int, float)) and 0 < curv_rtol < 1):
-        raise ValueError(f"`curv_rtol` must be between 0 and 1, got {curv_rtol!r}.")
+    search = scale_by_weak_wolfe_linesearch(max_linesearch_steps, curv_rtol=curv_rtol)
     lbfgs = skip_bad_pairs(optax.scale_by_lbfgs(memory_size))
     directions = short_first_step(restart_when_stuck(rescale_variables(lbfgs)))
-
-    def search(rtol: Any) -> optax.GradientTransformationExtraArgs:
-        zoom = optax.scale_by_zoom_linesearch(
-            max_linesearch_steps,
-            curv_rtol=curv_rtol,
-            approx_dec_rtol=rtol,
-            initial_guess_strategy="one",
-        )
-        return refuse_uphill(finite_trials(zoom), rtol)
-
-    lengths = rounding_floor(search)
-    return RobustOptimizer(*optax.chain(directions, optax.scale(-1.0), lengths))
+    return RobustOptimizer(*optax.chain(directions, optax.scale(-1.0), search))
 
 
 ROBUST_OPTIMIZER = robust_lbfgs()
