@@ -137,7 +137,9 @@ def scale_by_weak_wolfe_linesearch(
             return value + slope_rtol * step * slope + slack
 
         def trial(s: _Search) -> _Search:
-            there = jax.tree.map(lambda p, u: p + s.step * u, params, updates)
+            there = jax.tree.map(
+                lambda p, u: p + s.step.astype(u.dtype) * u, params, updates
+            )
             new_value, new_grad = both(there)
             new_slope = slope_of(new_grad)
             finite = jnp.isfinite(new_value) & jnp.isfinite(new_slope)
