@@ -257,24 +257,23 @@ class Clock:
 
     def __init__(self, end: float):
         self.end = end
-        self._took: dict[tuple[str, str], tuple[int, float]] = {}
+        self._last: dict[tuple[str, str], tuple[int, float, float]] = {}
 
     def ms(self, where: str, row: Row) -> float | None:
         """Milliseconds of a warm call, or None if it would take too long.
 
         Args:
           where: On which device.
-          row: What is timed. What a row of its kind has taken, and what there is to do
-            of both, says how long it will take.
+          row: What is timed. How long it will take is foretold by what the last row of
+            its kind took to compile and to run, and by what there is to do of both.
         """
-        size, took = self._took.get((where, row.kind), (row.size, 0.0))
+        size, compiling, warm = self._last.get((where, row.kind), (row.size, 0.0, 0.0))
         growth = (row.size / size) ** (3 if "dense" in row.kind else 1)
-        if growth * took > (self.end - time.monotonic()) / 2:
+        if compiling + 3 * growth * warm > (self.end - time.monotonic()) / 2:
             return None
-        begin = time.monotonic()
-        seconds(row.call)  # compiles it
+        first = seconds(row.call)
         warm = min(seconds(row.call) for _ in range(2))
-        self._took[where, row.kind] = row.size, time.monotonic() - begin
+        self._last[where, row.kind] = row.size, max(first - warm, 0.0), warm
         return 1e3 * warm
 
 
