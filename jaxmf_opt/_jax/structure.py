@@ -56,7 +56,7 @@ class Structure:
         self.jaxpr = jaxpr
         self.has_custom_rules = False
         self.has_custom_vjp = False
-        self._contexts: dict[int, Hashable] = {}
+        self._contexts: dict[int, tuple[Any, Hashable]] = {}
         self._key = self._closed(jaxpr)
         self._hash = hash(self._key)
 
@@ -105,8 +105,8 @@ class Structure:
 
     def _context(self, context: Any) -> Hashable:
         """The settings in which an equation was traced: it is lowered in them, too."""
-        if id(context) in self._contexts:  # (the program keeps it alive)
-            return self._contexts[id(context)]
+        if id(context) in self._contexts:
+            return self._contexts[id(context)][1]
         names = getattr(type(context), "__slots__", None) or getattr(
             context, "__dict__", ()
         )
@@ -115,7 +115,9 @@ class Structure:
             for n in names
             if not n.startswith("__")
         )
-        return self._contexts.setdefault(id(context), settings)
+        # (With the context itself, so that its id stays taken.)
+        self._contexts[id(context)] = context, settings
+        return settings
 
     def _value(self, v: Any) -> Hashable:
         if isinstance(v, jex.ClosedJaxpr):
