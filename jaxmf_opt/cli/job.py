@@ -107,6 +107,7 @@ def _make_buffered(
 
 def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Dense:
     del s  # of which all have the same number of rows
+    del options["fixed_epochs"]  # which are what it is for
     matrix = workloads.matrix(workload_coef)
     return Dense(most.n, workload_matrix=matrix, **options)
 
@@ -210,6 +211,7 @@ class _Training:
             "max_error": max_error,
             "min_sep": s.n // s.epochs,
             "max_participations": 1 if most.epochs == 1 else s.epochs,
+            "fixed_epochs": True,
         }
         self._needed = family.needed
         self._mechanism = family.make(s, most, workload_coef, **described)

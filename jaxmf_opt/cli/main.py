@@ -40,8 +40,8 @@ _COLUMNS = """\
 columns: epochs, in each of which an example takes part once, as many steps apart as an
 epoch has; how many vectors of noise, as large as the model, training has to keep;
 optimizer steps taken; error of independent noise (DP-SGD), of the starting point and
-of the optimized mechanism (of banded inverses for more epochs than one, a bound that
-is mostly exact); the part of DP-SGD's error that is gone; * the smallest error for a
+of the optimized mechanism (a bound where banded inverses have strategies with negative
+coefficients); the part of DP-SGD's error that is gone; * the smallest error for a
 training"""
 
 # Matrices of this size take a minute.

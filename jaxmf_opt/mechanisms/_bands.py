@@ -43,6 +43,7 @@ class BandedMechanism(ToeplitzMechanism):
         decay: Number = 1.0,
         min_sep: Count = 1,
         max_participations: Count | None = 1,
+        fixed_epochs: Flag = False,
         max_error: Flag = False,
     ):
         """Describes the mechanism that is wanted.
@@ -63,6 +64,8 @@ class BandedMechanism(ToeplitzMechanism):
             least.
           max_participations: How often an example takes part, at most; None for as
             often as fits.
+          fixed_epochs: Whether participations are exactly `min_sep` steps apart, as in
+            epochs of a fixed order.
           max_error: Whether the error is the largest of all steps, and not their mean.
 
         Raises:
@@ -77,6 +80,7 @@ class BandedMechanism(ToeplitzMechanism):
             decay=decay,
             min_sep=min_sep,
             max_participations=max_participations,
+            fixed_epochs=fixed_epochs,
             max_error=max_error,
         )
         requirements = Requirements(self.valid)

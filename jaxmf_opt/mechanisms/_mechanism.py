@@ -47,6 +47,7 @@ class ToeplitzMechanism(eqx.Module):
       min_sep: Number of steps from one participation of an example to its next, at
         least.
       max_participations: How often an example takes part, at most.
+      fixed_epochs: Whether participations are exactly `min_sep` steps apart.
       max_error: Whether the error is the largest of all steps, and not their mean.
       valid: Whether the set-up is possible, as far as that could not be seen when the
         mechanism was made. If it is not, every result is NaN.
@@ -59,6 +60,7 @@ class ToeplitzMechanism(eqx.Module):
     decay: Any
     min_sep: Any
     max_participations: Any
+    fixed_epochs: Any
     max_error: Any
     valid: Any
 
@@ -71,6 +73,7 @@ class ToeplitzMechanism(eqx.Module):
         decay: Number = 1.0,
         min_sep: Count = 1,
         max_participations: Count | None = 1,
+        fixed_epochs: Flag = False,
         max_error: Flag = False,
     ):
         max_n = None
@@ -88,6 +91,7 @@ class ToeplitzMechanism(eqx.Module):
         self.min_sep, self.max_participations = check_participation(
             requirements, self.n, min_sep, max_participations
         )
+        self.fixed_epochs = check_flag("fixed_epochs", fixed_epochs)
         self.max_error = check_flag("max_error", max_error)
         self.valid = requirements.valid
 
@@ -135,13 +139,18 @@ class ToeplitzMechanism(eqx.Module):
     def sensitivity_squared(self, params: Vector) -> Float[Array, ""]:
         """The squared sensitivity of the strategy, or an upper bound of it.
 
-        It is the same for participations at least `min_sep` steps apart and for those
-        exactly so, as in epochs of a fixed order: then
-        `n = min_sep * max_participations`. It is exact for one participation, if no
-        more than `min_sep` strategy coefficients are not 0, and if these are not
-        negative and do not increase (Kalinin and Lampert,
-        https://arxiv.org/abs/2405.13763, Theorem 2). Otherwise it is the sensitivity of
-        the smallest such coefficients above the absolute values.
+        It is exact for one participation, and if no more than `min_sep` strategy
+        coefficients are not 0. Otherwise it depends on what is known of the steps in
+        which an example takes part:
+
+        * `fixed_epochs`: exact if no coefficient is negative. Then all columns of an
+          example have products that are not negative, so it contributes most if it
+          always contributes the same, and most of all from the first step on. Otherwise
+          it is the sensitivity of the absolute values, which is not smaller.
+        * At least `min_sep` apart: exact if the coefficients are not negative and do
+          not increase (Kalinin and Lampert, https://arxiv.org/abs/2405.13763, Theorem
+          2). Otherwise it is the sensitivity of the smallest such coefficients above
+          the absolute values.
 
         Args:
           params: The parameters of the mechanism.
@@ -254,13 +263,16 @@ class ToeplitzMechanism(eqx.Module):
         Args:
           strategy_coef: The first column of the strategy, without zeros at its end.
           is_exact: Whether the sum of the first such columns is known to be the
-            largest. Otherwise a bound is.
+            largest, whatever the signs and the order of the coefficients are.
         """
         count = self.max_participations
         if isinstance(count, int) and count == 1:
             return jnp.sum(strategy_coef**2)
         if is_exact is not True:
-            bound = jax.lax.cummax(jnp.abs(strategy_coef), reverse=True)
+            bound = jnp.abs(strategy_coef)
+            if self.fixed_epochs is not True:
+                decreasing = jax.lax.cummax(bound, reverse=True)
+                bound = jnp.where(self.fixed_epochs, bound, decreasing)
             is_exact = jnp.logical_or(is_exact, count == 1)
             strategy_coef = jnp.where(is_exact, strategy_coef, bound)
         column = strategy_coef[: self.max_n]

@@ -93,6 +93,7 @@ class BufferedToeplitz(ToeplitzMechanism):
         decay: Number = 1.0,
         min_sep: Count = 1,
         max_participations: Count | None = 1,
+        fixed_epochs: Flag = False,
         max_error: Flag = False,
     ):
         """Describes the mechanism that is wanted.
@@ -112,6 +113,8 @@ class BufferedToeplitz(ToeplitzMechanism):
             least.
           max_participations: How often an example takes part, at most; None for as
             often as fits.
+          fixed_epochs: Whether participations are exactly `min_sep` steps apart, as in
+            epochs of a fixed order. The sensitivity is the same.
           max_error: Whether the error is the largest of all steps, and not their mean.
 
         Raises:
@@ -126,6 +129,7 @@ class BufferedToeplitz(ToeplitzMechanism):
             decay=decay,
             min_sep=min_sep,
             max_participations=max_participations,
+            fixed_epochs=fixed_epochs,
             max_error=max_error,
         )
         self.num_buffers = check_static_count("num_buffers", num_buffers)

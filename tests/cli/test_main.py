@@ -149,8 +149,7 @@ def error(
 ) -> float:
     """The root of the squared error of a mechanism, computed by upstream.
 
-    The sensitivity of a Toeplitz strategy is that of the smallest coefficients above
-    its own that do not increase and are not negative.
+    The sensitivity of a Toeplitz strategy is that of its absolute values.
     """
     matrix = strategy(family, parts, n)
     workload = jnp.array(np.cumsum(momentum ** np.arange(n)))
@@ -159,8 +158,7 @@ def error(
         workload_matrix=toeplitz.materialize_lower_triangular(workload),
     )
     if family != "dense":
-        above = jax.lax.cummax(jnp.abs(matrix[:, 0]), reverse=True)
-        matrix = toeplitz.materialize_lower_triangular(above)
+        matrix = jnp.abs(matrix)
     return float(reduce(squares)) ** 0.5 * fixed_epoch_sensitivity(matrix, epochs)
 
 

@@ -33,15 +33,16 @@ class SetUp(NamedTuple):
     bands: Any
     min_sep: Any
     participations: Any
+    fixed_epochs: Any
     momentum: Any
     max_error: Any
 
 
 SET_UPS = [
-    SetUp(1, 1, 1, 1, 0.0, False),
-    SetUp(12, 6, 5, 1, 0.0, True),
-    SetUp(40, 6, 6, 7, 0.5, True),
-    SetUp(39, 5, 2, 4, 0.95, False),  # columns have rows in common
+    SetUp(1, 1, 1, 1, False, 0.0, False),
+    SetUp(12, 6, 5, 1, False, 0.0, True),
+    SetUp(40, 6, 6, 7, True, 0.5, True),
+    SetUp(39, 5, 2, 4, False, 0.95, False),  # columns have rows in common
 ]
 
 
@@ -61,6 +62,7 @@ def mechanism(family: str, s: SetUp) -> Any:
         workload_coef=workloads.momentum(MAX_N, s.momentum),
         min_sep=s.min_sep,
         max_participations=s.participations,
+        fixed_epochs=s.fixed_epochs,
         max_error=s.max_error,
         **bands,
     )
@@ -141,38 +143,56 @@ def test_errors_of_a_learning_rate_are_those_of_the_matrix(family: str):
         assert_allclose(got, reduce(errors), rtol=1e-12)
 
 
-def true_sensitivity_squared(coef: np.ndarray, min_sep: int, count: int) -> float:
+def true_sensitivity_squared(
+    coef: np.ndarray, min_sep: int, count: int, fixed_epochs: bool = False
+) -> float:
     """The largest norm of a signed sum of columns in which an example takes part."""
     c = matrix_of(coef, np.zeros(coef.size))
+
+    def are_allowed(gaps: list[int]) -> bool:
+        return all(x == min_sep if fixed_epochs else x >= min_sep for x in gaps)
+
     return max(
         float(np.sum((c[:, list(chosen)] @ np.array(signs)) ** 2))
         for k in range(1, count + 1)
         for chosen in itertools.combinations(range(coef.size), k)
-        if all(b - a >= min_sep for a, b in itertools.pairwise(chosen))
+        if are_allowed([b - a for a, b in itertools.pairwise(chosen)])
         for signs in itertools.product((1, -1), repeat=k)
     )
 
 
 @jax.jit
-def sensitivity_of(coef: Any, min_sep: Any, participations: Any) -> jax.Array:
-    m = BandedToeplitz(6, 6, min_sep=min_sep, max_participations=participations)
+def sensitivity_of(
+    coef: Any, min_sep: Any, participations: Any, fixed_epochs: Any
+) -> jax.Array:
+    m = BandedToeplitz(
+        6,
+        6,
+        min_sep=min_sep,
+        max_participations=participations,
+        fixed_epochs=fixed_epochs,
+    )
     return m.sensitivity_squared(coef)
 
 
 class TestSensitivity:
+    @pytest.mark.parametrize("fixed_epochs", [False, True])
     @hypothesis.given(
         coef=hnp.arrays(float, 6, elements=st.floats(-1, 1)),
         participation=st.sampled_from([(1, 2), (2, 3), (3, 2), (5, 2), (6, 1)]),
     )
     def test_of_any_coefficients(
-        self, coef: np.ndarray, participation: tuple[int, int]
+        self, coef: np.ndarray, participation: tuple[int, int], fixed_epochs: bool
     ):
-        """It is never too small, and exact where they decrease."""
-        want = true_sensitivity_squared(coef, *participation)
-        assert sensitivity_of(coef, *participation) >= want * (1 - 1e-12)
-        coef = np.sort(np.abs(coef))[::-1]
-        want = true_sensitivity_squared(coef, *participation)
-        assert_allclose(sensitivity_of(coef, *participation), want, rtol=1e-12)
+        """It is never too small, and exact where it says so."""
+        known = *participation, fixed_epochs
+        want = true_sensitivity_squared(coef, *known)
+        assert sensitivity_of(coef, *known) >= want * (1 - 1e-12)
+        coef = np.abs(coef)
+        if not fixed_epochs:
+            coef = np.sort(coef)[::-1]
+        want = true_sensitivity_squared(coef, *known)
+        assert_allclose(sensitivity_of(coef, *known), want, rtol=1e-12)
 
     def test_is_exact_where_columns_have_no_row_in_common(self):
         coef = np.array([1.0, -0.7, 0.9])
