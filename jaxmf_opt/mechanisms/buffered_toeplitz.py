@@ -273,13 +273,21 @@ def _exponentials(weights: Array, rates: Array, n: int) -> Array:
 
 def _geometric_sum(rate: Array, n: Array) -> Array:
     """`sum_{t < n} exp(-rate * t)`, with all digits at any rate >= 0."""
+    rate = _limited(rate)
     return n * _phi_1(n * rate) / _phi_1(rate)
 
 
 def _mean_geometric_sum(rate: Array, n: Array) -> Array:
     """`sum_{t < n} (1 - t / n) exp(-rate * t)`, with all digits at any rate >= 0."""
-    phi_1, phi_2 = _phi_1(rate), _phi_2(rate)
-    return (jnp.exp(-rate) * n * _phi_2(n * rate) + phi_1 - phi_2) / phi_1**2
+    rate = _limited(rate)
+    # Both terms are positive, so no digits cancel.
+    terms = n * _phi_2(n * rate) + _phi_2(-rate)
+    return jnp.exp(-rate) * terms / _phi_1(rate) ** 2
+
+
+def _limited(rate: Array) -> Array:
+    """A rate whose exponential does not overflow; the larger ones are as good as it."""
+    return jnp.minimum(rate, math.log(jnp.finfo(rate.dtype).max) / 2)
 
 
 # The functions phi of exponential integrators, at -x.

@@ -51,16 +51,20 @@ class TestPublishedNumbers:
 class TestClosedForms:
     @pytest.mark.parametrize(("n", "max_error"), [(1, True), (17, True), (3000, False)])
     def test_equal_sums_over_steps(self, n: int, max_error: bool):
-        """Also where decays are next to 1 or to each other."""
+        """Also where decays are next to 1, to 0 or to each other."""
         closed = BufferedToeplitz(n, 3, max_error=max_error)
         summed = BufferedToeplitz(
             n, 3, max_error=max_error, workload_coef=workloads.prefix_sum(n)
         )
         losses = [jax.jit(jax.value_and_grad(m.loss)) for m in (closed, summed)]
+        points = np.random.default_rng(n).uniform(-40, 5, (40, 6))
+        points[::2] /= 10
+        points[::3, -1] = 40  # a decay of exactly 0
         for point in (
             closed.initial_params(),
             jnp.array([-25.0, -30.0, -1.0, -28.0, 0.0, 1.0]),
             jnp.array([-3.0, 2.5, -3.0, -40.0, -40.0, 0.0]),
+            *map(jnp.array, points),
         ):
             got, want = (value_and_grad(point) for value_and_grad in losses)
             assert_allclose(got[0], want[0], rtol=1e-12)
