@@ -76,8 +76,11 @@ class Family:
         sizes of arrays, and of a workload and other options.
       static: The part of a set-up that may not be traced.
       needed: What training needs, of a mechanism and its parameters.
-      kept: How many vectors of noise, as large as the model, training keeps.
+      kept: How many vectors of noise, as large as the model, training keeps, of a size
+        and of what training needs.
       has_grad: Whether the loss comes with its gradient.
+      grows: Whether the optimum of one size is the start for the next larger one, which
+        need not be of use.
       batch_size: As in `sweep`.
     """
 
@@ -86,8 +89,9 @@ class Family:
     make: Callable[..., Any]
     static: Callable[[SetUp], Any]
     needed: Callable[[Any, Array], dict[str, Array]]
-    kept: Callable[[SetUp], int]
+    kept: Callable[[int, dict[str, Array]], int]
     has_grad: bool = False
+    grows: bool = False
     batch_size: int | None = None
 
 
@@ -121,7 +125,7 @@ FAMILIES = {
         needed=lambda m, p: {
             "strategy_coef": (c := m.strategy_coef(p)[: p.size]) / jnp.linalg.norm(c)
         },
-        kept=lambda s: s.size - 1,
+        kept=lambda size, parts: size - 1,
     ),
     "banded-inverse-toeplitz": Family(
         sizes="bands",
@@ -129,7 +133,7 @@ FAMILIES = {
         make=_make_banded(BandedInverseToeplitz),
         static=lambda s: None,
         needed=lambda m, p: {"noising_coef": m.noising_coef(p)[: p.size] / p[0]},
-        kept=lambda s: s.size - 1,
+        kept=lambda size, parts: size - 1,
     ),
     "blt": Family(
         sizes="buffers",
@@ -137,7 +141,8 @@ FAMILIES = {
         make=_make_buffered,
         static=lambda s: s.size,
         needed=lambda m, p: m.buffers(p)._asdict(),
-        kept=lambda s: s.size,
+        kept=lambda size, parts: int(np.count_nonzero(parts["output_scale"])),
+        grows=True,
     ),
     "dense": Family(
         sizes="rows",
@@ -145,7 +150,7 @@ FAMILIES = {
         make=_make_dense,
         static=lambda s: s.n,
         needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
-        kept=lambda s: s.n - 1,
+        kept=lambda size, parts: size - 1,
         has_grad=True,
         # Steps are long, so no lane should wait for another.
         batch_size=1,
@@ -158,7 +163,7 @@ def run(
     setups: Sequence[SetUp],
     directory: Path,
     **options: Any,
-) -> Iterator[tuple[list[int], Outcome]]:
+) -> Iterator[tuple[list[int], list[Outcome]]]:
     """Optimizes mechanisms, those whose arrays have the same sizes in one sweep.
 
     Args:
@@ -169,27 +174,80 @@ def run(
         all steps, and not their mean.
 
     Yields:
-      For each sweep: which of the set-ups were its lanes, and what came out, with a
-      leading axis.
+      For each sweep: which of the set-ups were its lanes, and what came out.
     """
+    if family.grows:
+        yield from _grown(family, setups, directory, **options)
+        return
     for number, key in enumerate(dict.fromkeys(map(family.static, setups))):
         lanes = [i for i, s in enumerate(setups) if family.static(s) == key]
-        columns = SetUp(*map(np.array, zip(*(setups[i] for i in lanes), strict=True)))
-        optimized = _optimized(family, columns, directory / str(number), **options)
-        yield lanes, jax.device_get(optimized)
+        of_lanes = [setups[i] for i in lanes]
+        here = directory / str(number)
+        found = _optimized(family, of_lanes, here, **options)
+        yield lanes, [outcome for _, outcome in found]
+
+
+# By how much the loss has to be smaller for one size more to be of use.
+_WORTH = 1e-7
+
+
+def _grown(
+    family: Family,
+    setups: Sequence[SetUp],
+    directory: Path,
+    **options: Any,
+) -> Iterator[tuple[list[int], list[Outcome]]]:
+    """Optimizes mechanisms of increasing size, each from the one before.
+
+    What is not smaller than the one before takes its place.
+    """
+    trainings = list(dict.fromkeys(s[:3] for s in setups))
+    best: dict[Any, tuple[np.ndarray, Outcome]] = {}
+    growing = trainings
+    for size in range(1, max(s.size for s in setups) + 1):
+        if growing:
+            of_size = [SetUp(*training, size) for training in growing]
+            fewer = np.stack([best[t][0] for t in growing]) if best else None
+            here = directory / str(size)
+            found = _optimized(family, of_size, here, fewer, **options)
+            still_growing = []
+            for training, (params, outcome) in zip(growing, found, strict=True):
+                if training in best:
+                    before = best[training][1]
+                    steps = before.optimizer_steps + outcome.optimizer_steps
+                    outcome = outcome._replace(optimizer_steps=steps)
+                    if not outcome.error_after < before.error_after * (1 - _WORTH):
+                        continue
+                best[training] = params, outcome
+                still_growing.append(training)
+            growing = still_growing
+        lanes = [i for i, s in enumerate(setups) if s.size == size]
+        if lanes:
+            outcomes = [best[setups[i][:3]][1] for i in lanes]
+            yield lanes, outcomes
 
 
 def _optimized(
-    family: Family, setups: SetUp, directory: Path, *, max_error: bool, **options: Any
-) -> Outcome:
-    """Optimizes the mechanisms of set-ups, given as arrays, in one sweep."""
-    most = SetUp(*(column.max().item() for column in setups))
+    family: Family,
+    setups: Sequence[SetUp],
+    directory: Path,
+    fewer: np.ndarray | None = None,
+    *,
+    max_error: bool,
+    **options: Any,
+) -> list[tuple[np.ndarray, Outcome]]:
+    """Optimizes the mechanisms of set-ups in one sweep: parameters and outcomes."""
+    columns = SetUp(*map(np.array, zip(*setups, strict=True)))
+    most = SetUp(*(column.max().item() for column in columns))
     training = functools.partial(_Training, family, most, max_error)
-    start = jax.jit(jax.vmap(lambda s: training(s).start()))(setups)
+    if fewer is None:
+        start = jax.jit(jax.vmap(lambda s: training(s).start()))(columns)
+    else:
+        start = jax.jit(jax.vmap(lambda s, x: training(s).start(x)))(columns, fewer)
     solution = sweep(
         lambda params, s: training(s).loss_fn(params),
         start,
-        setups,
+        columns,
         in_axes=0,
         grad=family.has_grad,
         optimizer=family.optimizer,
@@ -199,7 +257,9 @@ def _optimized(
         **options,
     )
     outcome = jax.vmap(lambda s, start, end: training(s).outcome(start, end))
-    return jax.jit(outcome)(setups, start, solution)
+    outcomes = jax.jit(outcome)(columns, start, solution)
+    together = jax.device_get((solution.value, outcomes))
+    return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(setups))]
 
 
 class _Training:
@@ -219,8 +279,8 @@ class _Training:
             s.n, 1, workload_coef=workload_coef, **described
         )
 
-    def start(self) -> Array:
-        return self._mechanism.initial_params()
+    def start(self, *fewer: Array) -> Array:
+        return self._mechanism.initial_params(*fewer)
 
     def loss_fn(self, params: Array) -> Any:
         """What is optimized."""

@@ -322,13 +322,12 @@ def _lines(
     family = FAMILIES[name]
     lines: list[Line | None] = [None] * len(setups)
     started = time.perf_counter()
-    for lanes, outcome in run(family, setups, directory, **options):
+    for lanes, outcomes in run(family, setups, directory, **options):
         took = time.perf_counter() - started
         print(f"{name}: {len(lanes)} set-ups in {took:.1f} s", flush=True)
-        for row, lane in enumerate(lanes):
-            of_lane = jax.tree.map(lambda x, row=row: x[row], outcome)
-            kept = family.kept(setups[lane])
-            lines[lane] = Line(name, setups[lane], kept, of_lane)
+        for lane, outcome in zip(lanes, outcomes, strict=True):
+            kept = family.kept(setups[lane].size, outcome.mechanism)
+            lines[lane] = Line(name, setups[lane], kept, outcome)
         started = time.perf_counter()
     return [line for line in lines if line is not None]
 

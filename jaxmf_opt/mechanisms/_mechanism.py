@@ -87,7 +87,9 @@ class ToeplitzMechanism(eqx.Module):
             None if x is None else x[: self.max_n]
             for x in (workload_coef, learning_rate)
         )
-        self.decay = check_decay(requirements, decay)
+        checked = check_decay(requirements, decay)
+        # A part of the program stays one, and what has no arrays can be hashed.
+        self.decay = float(decay) if isinstance(decay, (int, float)) else checked
         self.min_sep, self.max_participations = check_participation(
             requirements, self.n, min_sep, max_participations
         )

@@ -23,7 +23,15 @@ from jaxtyping import Array, Float
 
 from . import _toeplitz
 from ._mechanism import ToeplitzMechanism
-from ._setup import Count, Flag, Number, Static, Vector, check_static_count
+from ._setup import (
+    Count,
+    Flag,
+    Number,
+    Static,
+    Vector,
+    check_static_count,
+    check_vector,
+)
 
 
 class Buffers(NamedTuple):
@@ -134,16 +142,46 @@ class BufferedToeplitz(ToeplitzMechanism):
         )
         self.num_buffers = check_static_count("num_buffers", num_buffers)
 
-    def initial_params(self) -> Float[Array, " params"]:
-        """A good starting point: decay rates in a geometric sequence, about 1 / n to 1.
+    def initial_params(self, fewer: Vector | None = None) -> Float[Array, " params"]:
+        """A good starting point.
 
-        The rational approximations of `(1 - x)^{-1/2}` from which BLTs come
-        (https://arxiv.org/abs/2404.16706, Proposition 4.5) have such rates.
+        By default, decay rates in a geometric sequence, about 1 / n to 1: the rational
+        approximations of `(1 - x)^{-1/2}` from which BLTs come have such rates
+        (https://arxiv.org/abs/2404.16706, Proposition 4.5). From there, buffers can end
+        with the decay of another or a weight of 0, where others would have been of use.
+
+        From the optimum with one buffer fewer, those rates and a pair of new ones, of
+        strategy and inverse, where the loss is smallest: of many pairs, among them some
+        so close to each other that nothing changes. So more buffers are never worse.
+
+        Args:
+          fewer: The parameters of the mechanism with one buffer fewer.
+
+        Returns:
+          The parameters. NaN where the set-up is impossible.
+
+        Raises:
+          TypeError: If `fewer` are no real numbers.
+          ValueError: If there are too many or too few.
         """
         n = jnp.asarray(self.n, float)
-        rates = (1 / (n + 1)) ** jnp.linspace(1.0, 0.0, 2 * self.num_buffers)
-        gaps = jnp.diff(rates, prepend=0.0)
-        return self._or_nan(jnp.log(gaps))
+        if fewer is None:
+            rates = (1 / (n + 1)) ** jnp.linspace(1.0, 0.0, 2 * self.num_buffers)
+            return self._or_nan(jnp.log(jnp.diff(rates, prepend=0.0)))
+        fewer = jnp.asarray(check_vector("fewer", fewer, self._num_params - 2))
+        n = n.astype(fewer.dtype)
+        rates = jnp.cumsum(jnp.exp(fewer))
+        first = (100 * n) ** jnp.linspace(-1.0, 0.0, 60, dtype=n.dtype) * 10
+        ratio = jnp.array([1e-9, 1e-3, 1e-2, 0.1, 0.5], n.dtype)
+        pairs = jnp.stack(jnp.broadcast_arrays(first, first * (1 + ratio[:, None])), -1)
+
+        def with_pair(pair: Array) -> tuple[Array, Array]:
+            together = jnp.sort(jnp.concatenate([rates, pair]))
+            params = jnp.log(jnp.diff(together, prepend=0.0))
+            return params, self.loss(params)
+
+        candidates, losses = jax.lax.map(with_pair, pairs.reshape(-1, 2))
+        return self._or_nan(candidates[jnp.nanargmin(losses)])
 
     def buffers(self, params: Vector) -> Buffers:
         """The decays and weights of the buffers.

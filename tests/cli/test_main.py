@@ -36,7 +36,7 @@ GRID = [
     (family, *training, size)
     for training in TRAININGS
     for family in FAMILIES
-    for size in {"blt": [1], "dense": [training[0]]}.get(family, [1, 3])
+    for size in {"blt": [1, 2], "dense": [training[0]]}.get(family, [1, 3])
 ]
 ERRORS = ("error_independent", "error_before", "error_after")
 UNFINISHED = "jaxmf_opt-unfinished"
@@ -115,6 +115,8 @@ def mechanism(job: Job, i: int) -> dict[str, np.ndarray]:
     family, *_, size = job.grid[i]
     row = [line[0] for line in job.grid[:i]].count(family)
     parts = {k.split("/")[1]: x[row] for k, x in job.arrays.items() if family in k}
+    if family == "blt":  # of which there may be fewer than were asked for
+        size = np.count_nonzero(parts["output_scale"])
     return {name: x[(slice(size),) * x.ndim] for name, x in parts.items()}
 
 
@@ -175,7 +177,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         tmp_path_factory.mktemp("job") / "new" / "out",
         # Once is enough of a family.
         f"--family {' '.join(FAMILIES)} {FAMILIES[0]} --steps 12 8 --epochs 1 2 "
-        "--momentum 0.5 --bands 1 3 --buffers 1 --max-optimizer-steps 40",
+        "--momentum 0.5 --bands 1 3 --buffers 1 2 --max-optimizer-steps 40",
     )
 
 
@@ -204,7 +206,8 @@ class TestTable:
                 family, *_, size = job.grid[i]
                 units = {"blt": "buffers", "dense": "rows"}.get(family, "bands")
                 assert row[:6] == [*map(str, training), family, str(size), units]
-                kept = size if family == "blt" else size - 1
+                parts = mechanism(job, i)
+                kept = parts["buf_decay"].size if family == "blt" else size - 1
                 assert int(row[6]) == kept == job.arrays["noise_kept"][i]
                 assert int(row[7]) == job.arrays["optimizer_steps"][i]
                 errors = [job.arrays[name][i] for name in ERRORS]
@@ -225,9 +228,9 @@ class TestTable:
     def test_messages_about_it(self, job: Job):
         """Sweeps have those set-ups together whose arrays have the same sizes."""
         assert job.err == ""  # progress is for terminals
-        sweeps = job.out.splitlines()[:5]
+        sweeps = job.out.splitlines()[:6]
         assert [x.split(" in ")[0] for x in sweeps] == [
-            "blt: 4 set-ups",
+            *["blt: 4 set-ups"] * 2,
             *["dense: 2 set-ups"] * 2,
             "banded-inverse-toeplitz: 8 set-ups",
             "banded-toeplitz: 8 set-ups",
@@ -257,6 +260,14 @@ class TestArrays:
                 assert_allclose([of_dp_sgd, after], want, rtol=1e-12)
                 if size > 1 or family == "blt":
                     assert after < before < of_dp_sgd
+
+    def test_a_buffer_more_is_of_use_or_dropped(self, job: Job):
+        column = job.arrays
+        for i in np.flatnonzero((column["family"] == "blt") & (column["size"] == 1)):
+            one, two = column["error_after"][[i, i + 1]]
+            kept = column["noise_kept"][i + 1]
+            assert (kept == 2 and two < one) or (kept == 1 and two == one)
+        assert set(column["noise_kept"][column["size"] == 2]) == {1, 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,10 +17,9 @@ from jaxmf_opt.mechanisms import BufferedToeplitz, workloads
 pytestmark = pytest.mark.mixes  # upstream's code
 
 
-def optimized(m: BufferedToeplitz) -> jax.Array:
-    return solve(
-        m.loss, m.initial_params(), gtol=1e-9, optimizer=ROBUST_OPTIMIZER
-    ).value
+def optimized(m: BufferedToeplitz, fewer: Any = None) -> jax.Array:
+    start = m.initial_params(fewer)
+    return solve(m.loss, start, gtol=1e-9, optimizer=ROBUST_OPTIMIZER).value
 
 
 def params_of(buf_decay: list[float], output_scale: list[float]) -> jax.Array:
@@ -113,10 +112,31 @@ class TestParameters:
         assert_allclose(ours.inv_output_scale, theirs.output_scale, rtol=1e-10)
 
 
-def test_the_optimum_is_as_low_as_upstreams():
-    options: Any = {"min_sep": 20, "max_participations": 3}
-    loss_fn = buffered_toeplitz.LossFn.build_min_sep(60, error="mean", **options)
-    blt, _ = buffered_toeplitz.optimize_loss(loss_fn, 2)
-    m = BufferedToeplitz(60, 2, **options)
-    want = m.loss(params_of(blt.buf_decay.tolist(), blt.output_scale.tolist()))
-    assert m.loss(optimized(m)) <= want * (1 + 1e-12)
+class TestOptimum:
+    def test_is_as_low_as_upstreams(self):
+        """By as many buffers as it has; the second one is of some use, no other is."""
+        options: Any = {"min_sep": 16, "max_participations": 4}
+        loss_fn = buffered_toeplitz.LossFn.build_min_sep(64, error="mean", **options)
+        blt, _ = buffered_toeplitz.optimize_loss(loss_fn, 4)
+        m = BufferedToeplitz(64, 4, **options)
+        want = m.loss(params_of(blt.buf_decay.tolist(), blt.output_scale.tolist()))
+        point, losses = None, []
+        for d in range(1, 4):
+            m = BufferedToeplitz(64, d, **options)
+            point = optimized(m, point)
+            losses.append(m.loss(point))
+        assert losses[0] > losses[1] * (1 + 1e-5)
+        assert losses[1] <= want * (1 + 1e-12)
+        assert_allclose(losses[2], losses[1], rtol=1e-9)
+
+    def test_a_buffer_more_is_never_worse(self):
+        """From whatever point it is added to."""
+
+        @jax.jit
+        def losses(point: jax.Array) -> tuple[jax.Array, jax.Array]:
+            m, more = (BufferedToeplitz(60, d, min_sep=20) for d in (2, 3))
+            return m.loss(point), more.loss(more.initial_params(point))
+
+        for point in np.random.default_rng(0).uniform(-12, 1, (10, 4)):
+            before, after = losses(point)
+            assert after <= before * (1 + 1e-8)
