@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import optimistix as optx
 from jaxtyping import Array
 
-from .._solver.optimizers import DEFAULT_OPTIMIZER
 from .._solver.solution import Solution
 from ..mechanisms import (
     BandedInverseToeplitz,
@@ -71,7 +69,6 @@ class Family:
 
     Attributes:
       sizes: What its sizes are.
-      optimizer: The optimizer that suits it.
       make: Makes a mechanism of a set-up, whose members may be traced, of the static
         sizes of arrays, and of a workload and other options.
       static: The part of a set-up that may not be traced.
@@ -85,7 +82,6 @@ class Family:
     """
 
     sizes: str
-    optimizer: optax.GradientTransformationExtraArgs
     make: Callable[..., Any]
     static: Callable[[SetUp], Any]
     needed: Callable[[Any, Array], dict[str, Array]]
@@ -119,7 +115,6 @@ def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> 
 FAMILIES = {
     "banded-toeplitz": Family(
         sizes="bands",
-        optimizer=DEFAULT_OPTIMIZER,
         make=_make_banded(BandedToeplitz),
         static=lambda s: None,
         needed=lambda m, p: {
@@ -129,7 +124,6 @@ FAMILIES = {
     ),
     "banded-inverse-toeplitz": Family(
         sizes="bands",
-        optimizer=ROBUST_OPTIMIZER,
         make=_make_banded(BandedInverseToeplitz),
         static=lambda s: None,
         needed=lambda m, p: {"noising_coef": m.noising_coef(p)[: p.size] / p[0]},
@@ -137,7 +131,6 @@ FAMILIES = {
     ),
     "blt": Family(
         sizes="buffers",
-        optimizer=ROBUST_OPTIMIZER,
         make=_make_buffered,
         static=lambda s: s.size,
         needed=lambda m, p: m.buffers(p)._asdict(),
@@ -146,7 +139,6 @@ FAMILIES = {
     ),
     "dense": Family(
         sizes="rows",
-        optimizer=optax.lbfgs(memory_size=10),
         make=_make_dense,
         static=lambda s: s.n,
         needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
@@ -250,7 +242,7 @@ def _optimized(
         columns,
         in_axes=0,
         grad=family.has_grad,
-        optimizer=family.optimizer,
+        optimizer=ROBUST_OPTIMIZER,
         batch_size=family.batch_size,
         checkpoint_dir=directory,
         keep_states=False,
