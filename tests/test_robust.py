@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+import scipy.optimize
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER, robust, solve
 
@@ -200,12 +201,13 @@ class TestLineSearch:
         y = jnp.array(-0.5)
         value, grad = jax.value_and_grad(fn)(y)
         for largest, moves in ((1e-3, False), (1e9, True)):
-            state = (jnp.array(largest), search.init(y)[1])
+            progress, zoom = search.init(y)
+            state = (progress._replace(largest=jnp.array(largest)), zoom)
             step, (after, _) = search.update(
                 jnp.ones(()), state, y, value=value, grad=grad, value_fn=fn
             )
             assert (y + step > 0) == moves
-            assert after == max(largest, value)
+            assert after.largest == max(largest, value)
 
     def test_lanes_are_as_single_searches(self):
         fn = ALONG["wavy"]
@@ -241,7 +243,12 @@ class TestLineSearch:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"max_linesearch_steps": 0}, {"slope_rtol": 0.9}, {"curv_rtol": 1.0}],
+        [
+            {"max_linesearch_steps": 0},
+            {"slope_rtol": 0.9},
+            {"curv_rtol": 1.0},
+            {"patience": 0},
+        ],
         ids=str,
     )
     def test_impossible_numbers(self, wrong: dict[str, Any]):
@@ -301,6 +308,35 @@ class TestWhole:
         callback = {"callback": lambda _: None, "max_optimizer_steps": 60}
         on = solve(loss, np.zeros(3), **{**options, **callback})
         assert on.stats["num_steps"] == 60
+        np.testing.assert_array_equal(solution.value, on.value)
+
+    def test_it_ends_on_a_kink(self):
+        """And says that the gradient is not small there."""
+
+        def loss(y: Any) -> Any:
+            return jnp.max(jnp.abs(y - jnp.arange(3.0))) + 0.1 * jnp.sum(y**2) + 7
+
+        start, options = np.full(3, 4.0), {**OPTIONS, "rtol": 1e-8}
+        solution = solve(loss, start, **options)
+        assert solution.result == optx.RESULTS.stagnation
+        assert solution.stats["num_loss_evaluations"] < 500
+        below = [
+            {"type": "ineq", "fun": lambda z, s=s: z[3] + s * (z[:3] - np.arange(3))}
+            for s in (-1, 1)
+        ]
+        best = scipy.optimize.minimize(
+            lambda z: z[3] + 0.1 * np.sum(z[:3] ** 2) + 7,
+            np.array([0.0, 1.0, 2.0, 1.0]),
+            constraints=below,
+            method="SLSQP",
+            options={"ftol": 1e-15},
+        )
+        np.testing.assert_allclose(solution.loss, best.fun, rtol=1e-9)
+        # Nor would it move if it went on.
+        callback = {"callback": lambda _: None, "gtol": 0.0, "rtol": 0.0}
+        steps = solution.stats["num_steps"] + 5
+        on = solve(loss, start, **{**options, **callback, "max_optimizer_steps": steps})
+        assert on.stats["num_steps"] == steps
         np.testing.assert_array_equal(solution.value, on.value)
 
     def test_equal_ones_are_one(self):

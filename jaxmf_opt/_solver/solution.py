@@ -19,8 +19,8 @@ FAILURES = {
         "`atol`, `gtol` and `callback` ended the solve."
     ),
     "stagnation": (
-        "solve: the line search cannot move the parameters any more, and the gradient "
-        "is not small there."
+        "solve: the line search cannot lower the loss any more, and the gradient is "
+        "not small there. (On a kink of the loss it never is, not at a minimum either.)"
     ),
     "nonfinite": ("solve: the loss, its gradient or the parameters became non-finite."),
 }
@@ -33,8 +33,8 @@ class Solution(optx.Solution[Any, Any]):
     Attributes:
       value: The last point whose loss is finite, in the dtypes of the parameters.
       result: `optimistix.RESULTS`: `successful`, `nonlinear_max_steps_reached`,
-        `stagnation` (the line search cannot move any more, at a gradient that is not
-        small), or `nonfinite`.
+        `stagnation` (the line search cannot lower the loss any more, at a gradient that
+        is not small), or `nonfinite`.
       aux: None.
       stats: Numbers about the run.
       state: A `SolverState`, to go on from.

@@ -17,6 +17,7 @@ from ._directions import rescale_variables as rescale_variables
 from ._directions import restart_when_stuck as restart_when_stuck
 from ._directions import short_first_step as short_first_step
 from ._directions import skip_bad_pairs as skip_bad_pairs
+from ._linesearch import SearchProgress as SearchProgress
 from ._linesearch import (
     scale_by_weak_wolfe_linesearch as scale_by_weak_wolfe_linesearch,
 )

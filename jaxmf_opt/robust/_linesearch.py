@@ -40,7 +40,25 @@ class _Search(NamedTuple):
     done: Bool[Array, ""]
 
 
-_State: TypeAlias = tuple[Float[Array, ""], optax.ScaleByZoomLinesearchState]
+class SearchProgress(NamedTuple):
+    """What a line search has seen so far.
+
+    Attributes:
+      largest: The largest absolute value.
+      lowest: The value that a lower one has to undercut visibly to be progress.
+      least_slope: The same of the norm of the gradient.
+      idle: The number of steps since the last progress.
+      is_exhausted: Whether these were too many, and no step is taken any more.
+    """
+
+    largest: Float[Array, ""]
+    lowest: Float[Array, ""]
+    least_slope: Float[Array, ""]
+    idle: Int[Array, ""]
+    is_exhausted: Bool[Array, ""]
+
+
+_State: TypeAlias = tuple[SearchProgress, optax.ScaleByZoomLinesearchState]
 
 
 def scale_by_weak_wolfe_linesearch(
@@ -48,6 +66,7 @@ def scale_by_weak_wolfe_linesearch(
     slope_rtol: float = 1e-4,
     curv_rtol: float = 0.9,
     ulps: float = 4.0,
+    patience: int = 10,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales an update by a line search for a weak Wolfe point.
 
@@ -67,6 +86,11 @@ def scale_by_weak_wolfe_linesearch(
     value never rises by more than rounding. The search also ends where a step is too
     short to change the parameters.
 
+    At a minimum on a kink the gradient stays large, and steps that change the value by
+    nothing but rounding can be found for ever. So after `patience` steps in which
+    neither the value nor the gradient has become visibly smaller, one step is refused,
+    so that an optimizer can restart; and after as many again, all are.
+
     Args:
       max_linesearch_steps: The number of trials.
       slope_rtol: Which part of the promised decrease is enough.
@@ -75,11 +99,14 @@ def scale_by_weak_wolfe_linesearch(
         so far: so much may be rounding. (A sum of squares that began at 1e9 and is now
         1e-3 often is a difference of large numbers, with an error of 1e-7. Without this
         the search would look for the luckiest error, trial by trial.)
+      patience: The number of steps without progress after which one is refused, and
+        after twice as many all. Progress is a value that is lower than any before by
+        more than `ulps` of its own, or a gradient whose norm is lower by a tenth.
 
     Returns:
       A transformation whose update needs `value`, `grad` and `value_fn`, for the end of
-      a chain or as `linesearch` of `optax.lbfgs`. Its state is the tuple of the largest
-      absolute value so far and the state of optax's zoom line search, with value and
+      a chain or as `linesearch` of `optax.lbfgs`. Its state is the tuple of a
+      `SearchProgress` and the state of optax's zoom line search, with value and
       gradient at the accepted point, so that `optax.value_and_grad_from_state` need not
       evaluate it again.
 
@@ -94,6 +121,7 @@ def scale_by_weak_wolfe_linesearch(
       Array(0.5, dtype=float32)
     """
     check_positive("max_linesearch_steps", max_linesearch_steps, whole=True)
+    check_positive("patience", patience, whole=True)
     if not 0 < slope_rtol < curv_rtol < 1:
         raise ValueError(
             "It takes 0 < `slope_rtol` < `curv_rtol` < 1, got "
@@ -105,7 +133,10 @@ def scale_by_weak_wolfe_linesearch(
         unknown = jnp.array(jnp.inf, dtype)
         info = optax.ZoomLinesearchInfo(jnp.array(0), unknown, unknown)
         grad = optax.tree.zeros_like(params)
-        return jnp.zeros((), dtype), optax.ScaleByZoomLinesearchState(
+        progress = SearchProgress(
+            jnp.zeros((), dtype), unknown, unknown, jnp.array(0), jnp.array(False)
+        )
+        return progress, optax.ScaleByZoomLinesearchState(
             jnp.ones((), dtype), cast(Any, unknown), cast(Any, grad), info
         )
 
@@ -129,9 +160,11 @@ def scale_by_weak_wolfe_linesearch(
             return jnp.asarray(optax.tree.vdot(updates, grad), dtype)
 
         slope = slope_of(grad)
-        size = jnp.abs(value)
-        largest = jnp.maximum(state[0], jnp.where(jnp.isfinite(size), size, 0))
-        slack = ulps * jnp.finfo(dtype).eps * largest
+        rounding = ulps * jnp.finfo(dtype).eps
+        norm = optax.tree.norm(grad).astype(dtype)
+        progress = _seen(state[0], value, norm, rounding, 2 * patience)
+        slack = rounding * progress.largest
+        waited = (progress.idle == patience) | progress.is_exhausted
 
         def bound(step: Array) -> Array:
             return value + slope_rtol * step * slope + slack
@@ -177,7 +210,7 @@ def scale_by_weak_wolfe_linesearch(
             high=infinite,
             high_value=infinite,
             # (NaN is no descent.)
-            done=~(slope < 0) | ~jnp.isfinite(value),
+            done=~(slope < 0) | ~jnp.isfinite(value) | waited,
         )
         end = jax.lax.while_loop(
             lambda s: ~s.done & (s.trials < max_linesearch_steps), trial, search
@@ -190,10 +223,27 @@ def scale_by_weak_wolfe_linesearch(
         new_state = optax.ScaleByZoomLinesearchState(
             cast(Any, end.low), cast(Any, end.low_value), end.low_grad, info
         )
-        return optax.tree.scale(end.low, updates), (largest, new_state)
+        return optax.tree.scale(end.low, updates), (progress, new_state)
 
     return register_linesearch(
         optax.GradientTransformationExtraArgs(init, cast(Any, update))
+    )
+
+
+def _seen(
+    before: SearchProgress, value: Array, slope: Array, rounding: Any, most: int
+) -> SearchProgress:
+    """The progress with one value, and the norm of the gradient there."""
+    size = jnp.abs(value)
+    is_lower = value < before.lowest - rounding * size
+    is_flatter = slope < 0.9 * before.least_slope
+    idle = jnp.where(is_lower | is_flatter, 0, before.idle + 1)
+    return SearchProgress(
+        jnp.maximum(before.largest, jnp.where(jnp.isfinite(size), size, 0)),
+        jnp.where(is_lower, value, before.lowest),
+        jnp.where(is_flatter, slope, before.least_slope),
+        idle,
+        before.is_exhausted | (idle >= most),
     )
 
 

@@ -22,7 +22,8 @@ class RobustOptimizer(optax.GradientTransformationExtraArgs):
 
         That is so where the line search has refused to move along the direction of a
         fresh state. The parameters have not moved, so the next direction is that of a
-        fresh state again, and so is all that follows.
+        fresh state again, and so is all that follows. It is also so where the line
+        search has given up.
 
         Args:
           state: The state after the update.
@@ -31,7 +32,8 @@ class RobustOptimizer(optax.GradientTransformationExtraArgs):
         Returns:
           A boolean scalar.
         """
-        return state[0].is_fresh & (optax.tree.norm(update, ord=jnp.inf) == 0)
+        step = jnp.asarray(optax.tree.norm(update, ord=jnp.inf))
+        return (state[0].is_fresh | state[-1][0].is_exhausted) & (step == 0)
 
 
 def robust_lbfgs(
