@@ -6,6 +6,7 @@ whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
 
 from . import callbacks as callbacks
 from . import mechanisms as mechanisms
+from . import privacy as privacy
 from . import robust as robust
 from . import sweeps as sweeps
 from ._jax.x64 import jax_enable_x64 as jax_enable_x64

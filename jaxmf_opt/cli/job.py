@@ -48,6 +48,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       mechanism: What training needs of it, by name.
+      params: The parameters.
       optimizer_steps: Steps taken by the optimizer.
       converged: Whether a tolerance was met.
       error_independent: Root of the expected squared error of independent noise.
@@ -56,6 +57,7 @@ class Outcome(NamedTuple):
     """
 
     mechanism: Any
+    params: Any
     optimizer_steps: Any
     converged: Any
     error_independent: Any
@@ -175,8 +177,7 @@ def run(
         lanes = [i for i, s in enumerate(setups) if family.static(s) == key]
         of_lanes = [setups[i] for i in lanes]
         here = directory / str(number)
-        found = _optimized(family, of_lanes, here, **options)
-        yield lanes, [outcome for _, outcome in found]
+        yield lanes, _optimized(family, of_lanes, here, **options)
 
 
 # By how much the loss has to be smaller for one size more to be of use.
@@ -194,29 +195,28 @@ def _grown(
     What is not smaller than the one before takes its place.
     """
     trainings = list(dict.fromkeys(s[:3] for s in setups))
-    best: dict[Any, tuple[np.ndarray, Outcome]] = {}
+    best: dict[Any, Outcome] = {}
     growing = trainings
     for size in range(1, max(s.size for s in setups) + 1):
         if growing:
             of_size = [SetUp(*training, size) for training in growing]
-            fewer = np.stack([best[t][0] for t in growing]) if best else None
+            fewer = np.stack([best[t].params for t in growing]) if best else None
             here = directory / str(size)
             found = _optimized(family, of_size, here, fewer, **options)
             still_growing = []
-            for training, (params, outcome) in zip(growing, found, strict=True):
+            for training, outcome in zip(growing, found, strict=True):
                 if training in best:
-                    before = best[training][1]
+                    before = best[training]
                     steps = before.optimizer_steps + outcome.optimizer_steps
                     outcome = outcome._replace(optimizer_steps=steps)
                     if not outcome.error_after < before.error_after * (1 - _WORTH):
                         continue
-                best[training] = params, outcome
+                best[training] = outcome
                 still_growing.append(training)
             growing = still_growing
         lanes = [i for i, s in enumerate(setups) if s.size == size]
         if lanes:
-            outcomes = [best[setups[i][:3]][1] for i in lanes]
-            yield lanes, outcomes
+            yield lanes, [best[setups[i][:3]] for i in lanes]
 
 
 def _optimized(
@@ -227,8 +227,8 @@ def _optimized(
     *,
     max_error: bool,
     **options: Any,
-) -> list[tuple[np.ndarray, Outcome]]:
-    """Optimizes the mechanisms of set-ups in one sweep: parameters and outcomes."""
+) -> list[Outcome]:
+    """Optimizes the mechanisms of set-ups in one sweep."""
     columns = SetUp(*map(np.array, zip(*setups, strict=True)))
     most = SetUp(*(column.max().item() for column in columns))
     training = functools.partial(_Training, family, most, max_error)
@@ -249,27 +249,57 @@ def _optimized(
         **options,
     )
     outcome = jax.vmap(lambda s, start, end: training(s).outcome(start, end))
-    outcomes = jax.jit(outcome)(columns, start, solution)
-    together = jax.device_get((solution.value, outcomes))
+    together = jax.device_get(jax.jit(outcome)(columns, start, solution))
     return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(setups))]
+
+
+def found(
+    family: Family,
+    s: SetUp,
+    outcome: Outcome,
+    *,
+    max_error: bool,
+    sampled: bool = False,
+) -> tuple[Any, np.ndarray]:
+    """An optimized mechanism by itself, and its parameters.
+
+    Args:
+      family: The family.
+      s: The set-up.
+      outcome: What came out.
+      max_error: Whether the largest error was optimized.
+      sampled: Whether examples are sampled, so that one participation counts.
+    """
+    params = outcome.params
+    if family.sizes == "bands":
+        params = params[: s.size]
+    elif family.grows:  # to what was of use
+        s = s._replace(size=params.size // 2)
+    s = s._replace(epochs=1 if sampled else s.epochs)
+    return _make(family.make, s, s, max_error), params
+
+
+def _make(make: Callable[..., Any], s: SetUp, most: SetUp, max_error: bool) -> Any:
+    """The mechanism of a set-up."""
+    return make(
+        s,
+        most,
+        workloads.momentum(most.n, s.momentum),
+        max_error=max_error,
+        min_sep=s.n // s.epochs,
+        max_participations=1 if most.epochs == 1 else s.epochs,
+        fixed_epochs=True,
+    )
 
 
 class _Training:
     """A set-up with its mechanism."""
 
     def __init__(self, family: Family, most: SetUp, max_error: bool, s: SetUp):
-        workload_coef = workloads.momentum(most.n, s.momentum)
-        described = {
-            "max_error": max_error,
-            "min_sep": s.n // s.epochs,
-            "max_participations": 1 if most.epochs == 1 else s.epochs,
-            "fixed_epochs": True,
-        }
+        one_band = s._replace(size=1), most._replace(size=1)
         self._needed = family.needed
-        self._mechanism = family.make(s, most, workload_coef, **described)
-        self._independent = BandedToeplitz(
-            s.n, 1, workload_coef=workload_coef, **described
-        )
+        self._mechanism = _make(family.make, s, most, max_error)
+        self._independent = _make(_make_banded(BandedToeplitz), *one_band, max_error)
 
     def start(self, *fewer: Array) -> Array:
         return self._mechanism.initial_params(*fewer)
@@ -283,6 +313,7 @@ class _Training:
     def outcome(self, start: Array, solution: Solution) -> Outcome:
         return Outcome(
             mechanism=self._needed(self._mechanism, solution.value),
+            params=solution.value,
             optimizer_steps=solution.stats["num_steps"],
             converged=solution.result == optx.RESULTS.successful,
             error_independent=jnp.sqrt(self._independent.loss(jnp.ones(1))),

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 
 from .._files import locked, write_npz
+from ..privacy import Budget
 from ..sweeps._checkpoints import remove_records
+from . import budget
 from .job import FAMILIES, Outcome, SetUp, run
 
 _DESCRIPTION = """\
@@ -34,6 +36,11 @@ families:
   banded-inverse-toeplitz  BandInvMF, BISR (arXiv 2505.12128): little memory
   blt                      buffered linear Toeplitz (arXiv 2404.16706): least memory
   dense                    any matrix (arXiv 2306.08153): the least error, for few steps
+
+With a privacy budget (--examples, --batch-size, --epochs, --epsilon, --delta) it is one
+training. Then the noise multipliers come from dp-accounting, also for banded Toeplitz
+mechanisms that cyclic Poisson sampling amplifies, and the errors are those at the
+budget.
 """
 
 _COLUMNS = """\
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    _check(parser, args)
+    private = _check(parser, args)
     options = {
         "rtol": args.rtol,
         "max_optimizer_steps": args.max_optimizer_steps,
@@ -107,7 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         except OSError as e:
             parser.error(f"argument --out: cannot write {unfinished}: {e.strerror}")
         try:
-            with jax.enable_x64():
+            with (
+                jax.enable_x64(),
+                budget.Calibration(private, args.bands) as multipliers,
+            ):
                 lines = [
                     line
                     for name in dict.fromkeys(args.family)
@@ -115,9 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                         name, _setups(args, name), unfinished / name, **options
                     )
                 ]
-            order = {t: i for i, t in enumerate(_trainings(args))}
-            lines.sort(key=lambda line: order[line.training])  # and by family as before
-            _write(lines, args.out)
+                order = {t: i for i, t in enumerate(_trainings(args))}
+                lines.sort(key=lambda line: order[line.training])  # then by family
+                if private is None:
+                    _write(lines, args.out)
+                else:
+                    choices = budget.choices(lines, private, multipliers)
+                    _write_choices(choices, private, args)
         except KeyboardInterrupt:
             parser.exit(130, f"\n{parser.prog}: the same command goes on from here\n")
         except (ValueError, OSError) as e:
@@ -140,13 +154,32 @@ def _write(lines: Sequence[Line], directory: Path) -> None:
     print(_COLUMNS)
     write_npz(directory / "strategies.npz", arrays(lines))
     print(f"wrote {directory / 'strategies.npz'}")
+    _draw("plot_mechanisms", directory / "strategies.png", lines)
+
+
+def _write_choices(
+    choices: Sequence[budget.Choice], private: Budget, args: argparse.Namespace
+) -> None:
+    """Shows what the mechanisms are at the budget, and writes the best of them."""
+    print(budget.table(choices, private))
+    print(budget.COLUMNS)
+    write_npz(args.out / "budget.npz", budget.arrays(choices))
+    is_max = args.error == "max"
+    paths = budget.save_front(choices, private, args.out, max_error=is_max)
+    for path in (args.out / "budget.npz", *paths):
+        print(f"wrote {path}")
+    _draw("plot_budget", args.out / "budget.png", choices)
+
+
+def _draw(what: str, path: Path, *args: Any) -> None:
+    """Draws a picture, if matplotlib is there."""
     try:
-        from .plot import plot_mechanisms
+        from . import plot
     except ModuleNotFoundError:
         print("no picture without matplotlib: pip install 'jaxmf_opt[plot]'")
         return
-    plot_mechanisms(lines, directory / "strategies.png")
-    print(f"wrote {directory / 'strategies.png'}")
+    getattr(plot, what)(*args, path)
+    print(f"wrote {path}")
 
 
 def _remove(unfinished: Path) -> None:
@@ -161,7 +194,7 @@ def _remove(unfinished: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def number(kind: type, low: int, high: int | float) -> Any:
+    def number(kind: type, low: float, high: float) -> Any:
         def parse(text: str) -> Any:
             try:
                 value = kind(text)
@@ -188,9 +221,8 @@ def _parser() -> argparse.ArgumentParser:
         "--family",
         nargs="+",
         choices=list(FAMILIES),
-        default=["banded-toeplitz"],
         metavar="F",
-        help="families of mechanisms (default: banded-toeplitz)",
+        help="families of mechanisms (default: banded-toeplitz; with a budget blt too)",
     )
     add(
         "--steps",
@@ -211,26 +243,26 @@ def _parser() -> argparse.ArgumentParser:
         "--momentum",
         nargs="+",
         type=number(float, 0, 1),
-        default=[0.0, 0.9],
         metavar="M",
-        help="momenta of the training algorithm, in [0, 1) (default: 0 0.9)",
+        help="momenta of the training algorithm, in [0, 1) (default: 0 0.9; with a "
+        "budget 0)",
     )
     add(
         "--bands",
         nargs="+",
         type=count,
-        default=[4, 16, 64],
         metavar="B",
-        help="numbers of bands, each at most the smallest N (default: 4 16 64)",
+        help="numbers of bands, each at most the smallest N (default: 4 16 64; with a "
+        "budget all divisors of the steps up to an epoch)",
     )
     add(
         "--buffers",
         nargs="+",
         type=number(int, 1, 16),
-        default=[2, 4],
         metavar="D",
-        help="numbers of buffers of a blt (default: 2 4)",
+        help="numbers of buffers of a blt (default: 2 4; with a budget 1 2 3 4)",
     )
+    budget.add_arguments(add, count, number(float, 0, np.inf))
     add(
         "--error",
         choices=["mean", "max"],
@@ -263,8 +295,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses what single arguments do not show."""
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget | None:
+    """Refuses what single arguments do not show; fills in defaults.
+
+    Returns:
+      The privacy budget, or None if there is none.
+    """
+    private = budget.of(parser, args)
+    args.family = args.family or ["banded-toeplitz"]
+    args.momentum = args.momentum or [0.0, 0.9]
+    args.bands = args.bands or [4, 16, 64]
+    args.buffers = args.buffers or [2, 4]
     is_dense = "dense" in args.family
     if args.steps is None:
         args.steps = [64, 256] if is_dense else [500, 2000, 8000]
@@ -300,6 +341,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 file.open("ab").close()
     except OSError as e:
         parser.error(f"argument --out: cannot write into {args.out}: {e.strerror}")
+    return private
 
 
 def _trainings(args: argparse.Namespace) -> list[tuple[Any, Any, Any]]:
@@ -377,7 +419,7 @@ def arrays(lines: Sequence[Line]) -> dict[str, np.ndarray]:
         **{
             name: [getattr(line.outcome, name) for line in lines]
             for name in Outcome._fields
-            if name != "mechanism"
+            if name not in ("mechanism", "params")
         },
     }
     named = {name: np.array(column) for name, column in columns.items()}

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.signal
 
 from .._files import replacing
+from .budget import dp_sgd, front
 
 _STYLES = {
     "banded-toeplitz": "o-",
@@ -61,6 +62,53 @@ def plot_mechanisms(lines: Sequence[Any], path: Path) -> None:
     coefs.set_xlabel("step")
     coefs.set_ylabel("strategy coefficient / first")
     coefs.set_title("The strategies of the smallest errors")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+
+
+def plot_budget(choices: Sequence[Any], path: Path) -> None:
+    """Draws the errors at a privacy budget over the noise that is kept.
+
+    Args:
+      choices: The `Choice`s of the main job.
+      path: The file to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+
+    def kept(of: Sequence[Any]) -> list[float]:
+        return [max(c.line.kept, 0.5) for c in of]  # a logarithm has no 0
+
+    def kind(choice: Any) -> tuple[str, bool]:
+        return choice.line.family, choice.amplified
+
+    for family, amplified in dict.fromkeys(map(kind, choices)):
+        these = [c for c in choices if kind(c) == (family, amplified)]
+        axes.plot(
+            kept(these),
+            [c.error for c in these],
+            _STYLES[family],
+            fillstyle="full" if amplified else "none",
+            label=f"{family}, cyclic Poisson" if amplified else family,
+        )
+    best = front(choices)
+    axes.step(
+        [*kept(best), max(kept(choices))],
+        [*(c.error for c in best), best[-1].error],
+        color="black",
+        linewidth=0.8,
+        where="post",
+        label="smallest",
+    )
+    rival = dp_sgd(choices).error
+    axes.axhline(rival, color="gray", linestyle="--", label="DP-SGD, Poisson")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("noise kept by training [vectors as large as the model]")
+    axes.set_ylabel("error / (learning rate x clipping norm)")
+    axes.set_title("Mechanisms at the privacy budget")
+    axes.legend(fontsize="small")
     with replacing(path) as file:
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)

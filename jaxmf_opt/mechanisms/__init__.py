@@ -11,12 +11,15 @@ for `optimize`, and what training needs of the parameters that come out.
   a few buffers, however long the training is.
 * `Dense` has the smallest error of all, in O(n^3) time: up to about 1,000 steps.
 
-For the last three take `ROBUST_OPTIMIZER`, or `optax.lbfgs` where matrices are large.
+Take `ROBUST_OPTIMIZER` for all of them. `save` and `load` keep what comes out in files.
 """
 
 from . import workloads as workloads
+from ._saved import SavedMechanism as SavedMechanism
+from ._saved import load as load
+from ._saved import save as save
+from ._streaming import Buffers as Buffers
 from .banded_inverse_toeplitz import BandedInverseToeplitz as BandedInverseToeplitz
 from .banded_toeplitz import BandedToeplitz as BandedToeplitz
 from .buffered_toeplitz import BufferedToeplitz as BufferedToeplitz
-from .buffered_toeplitz import Buffers as Buffers
 from .dense import Dense as Dense

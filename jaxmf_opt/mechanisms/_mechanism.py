@@ -196,6 +196,30 @@ class ToeplitzMechanism(eqx.Module):
         """
         return self._or_nan(self._noising_coef(self._check_params(params)))
 
+    def streaming_matrix(self, params: Vector) -> Any:
+        """The noising matrix `C^{-1}` as jax-privacy takes it, for a sensitivity of 1.
+
+        For `jax_privacy.noise_addition.matrix_factorization_privatizer`, with the noise
+        multiplier times the clipping norm as its `stddev`. It keeps as many vectors
+        of noise as the family says.
+
+        Args:
+          params: The parameters of the mechanism.
+
+        Returns:
+          A `jax_privacy.matrix_factorization.streaming_matrix.StreamingMatrix`, of
+          pytrees of vectors of any shape and dtype.
+
+        Raises:
+          ModuleNotFoundError: If jax-privacy is not installed.
+          TypeError: If `params` are no real numbers.
+          ValueError: If there are too many or too few.
+        """
+        params = self._check_params(params)
+        return self._streaming_matrix(
+            params, jnp.sqrt(self.sensitivity_squared(params))
+        )
+
     # What a family says of itself. `params` have been checked, the results need not be
     # NaN where a set-up is impossible, and all columns are 0 from n on.
 
@@ -211,6 +235,10 @@ class ToeplitzMechanism(eqx.Module):
     @abc.abstractmethod
     def _noising_coef(self, params: Array) -> Array:
         """The first column of its inverse."""
+
+    @abc.abstractmethod
+    def _streaming_matrix(self, params: Array, scale: Array) -> Any:
+        """A multiple of the inverse, as jax-privacy takes it."""
 
     @abc.abstractmethod
     def _decoder_coef(self, params: Array) -> Array:

@@ -6,10 +6,12 @@ References:
   https://arxiv.org/abs/2505.12128.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import _toeplitz
+from . import _streaming, _toeplitz
 from ._bands import BandedMechanism
 
 
@@ -52,6 +54,9 @@ class BandedInverseToeplitz(BandedMechanism):
 
     def _noising_coef(self, params: Array) -> Array:
         return self._padded(self._cut(params))
+
+    def _streaming_matrix(self, params: Array, scale: Array) -> Any:
+        return _streaming.by_recursion(scale * self._cut(params), params[:0])
 
     def _decoder_coef(self, params: Array) -> Array:
         coef = self._cut(params)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from . import _toeplitz
+from . import _streaming, _toeplitz
 from ._bands import BandedMechanism
 
 
@@ -57,6 +57,10 @@ class BandedToeplitz(BandedMechanism):
 
     def _noising_coef(self, params: Array) -> Array:
         return self._inverse(self._cut(params))
+
+    def _streaming_matrix(self, params: Array, scale: Array) -> Any:
+        coef = self._cut(params) / params[0]
+        return _streaming.by_recursion((scale / params[0])[None], coef[1:])
 
     def _decoder_coef(self, params: Array) -> Array:
         workload_coef = self._workload_coef(params.dtype)

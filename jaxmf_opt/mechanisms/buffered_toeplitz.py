@@ -13,7 +13,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from . import _toeplitz
+from . import _streaming, _toeplitz
 from ._mechanism import ToeplitzMechanism
 from ._setup import (
     Count,
@@ -32,27 +32,7 @@ from ._setup import (
     check_static_count,
     check_vector,
 )
-
-
-class Buffers(NamedTuple):
-    """What a training needs to correlate its noise.
-
-    The strategy has the coefficients `c_0 = 1` and
-    `c_t = sum_i output_scale[i] * buf_decay[i] ** (t - 1)`.
-    Its inverse has coefficients of the same form.
-
-    Attributes:
-      buf_decay: The decay of each buffer of the strategy, decreasing, in (0, 1); shape
-        (num_buffers,).
-      output_scale: The weights of the buffers, positive.
-      inv_buf_decay: The same of the inverse; the decays of both interlace.
-      inv_output_scale: The weights of the buffers of the inverse, negative.
-    """
-
-    buf_decay: Float[Array, " num_buffers"]
-    output_scale: Float[Array, " num_buffers"]
-    inv_buf_decay: Float[Array, " num_buffers"]
-    inv_output_scale: Float[Array, " num_buffers"]
+from ._streaming import Buffers
 
 
 class BufferedToeplitz(ToeplitzMechanism):
@@ -212,6 +192,9 @@ class BufferedToeplitz(ToeplitzMechanism):
     def _noising_coef(self, params: Array) -> Array:
         rates = _Rates(params)
         return self._one_and_sum(rates.inverse_weights(), rates.inverse)
+
+    def _streaming_matrix(self, params: Array, scale: Array) -> Any:
+        return _streaming.by_buffers(self.buffers(params), scale)
 
     def _one_and_sum(self, weights: Array, rates: Array) -> Array:
         later = _exponentials(weights, rates, self.max_n)[:-1]

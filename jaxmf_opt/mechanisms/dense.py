@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._jax.region import x64_region
-from . import _toeplitz
+from . import _streaming, _toeplitz
 from ._setup import (
     Count,
     Flag,
@@ -294,6 +294,28 @@ class Dense(eqx.Module):
         strategy = self.strategy_matrix(params)
         eye = jnp.eye(self.max_n, dtype=strategy.dtype)
         return _solve(strategy, eye)
+
+    def streaming_matrix(self, params: Matrix) -> Any:
+        """The noising matrix `C^{-1}` as jax-privacy takes it, for a sensitivity of 1.
+
+        For `jax_privacy.noise_addition.matrix_factorization_privatizer`, with the noise
+        multiplier times the clipping norm as its `stddev`. It keeps all
+        vectors of noise.
+
+        Args:
+          params: The Gram matrix of the strategy.
+
+        Returns:
+          A `jax_privacy.matrix_factorization.streaming_matrix.StreamingMatrix`, of
+          pytrees of vectors of any shape and dtype.
+
+        Raises:
+          ModuleNotFoundError: If jax-privacy is not installed.
+          TypeError: If `params` are no real numbers.
+          ValueError: If they have the wrong shape.
+        """
+        scale = jnp.sqrt(self.sensitivity_squared(params))
+        return _streaming.by_rows(scale * self.noising_matrix(params))
 
     @property
     def _inside(self) -> Bool[Array, " max_n"]:

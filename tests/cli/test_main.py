@@ -387,6 +387,7 @@ def test_help(tmp_path: Path):
     assert err == ""
     assert out.startswith("usage: python -m jaxmf_opt ")
     options = "--family --steps --epochs --momentum --bands --buffers --error --rtol"
+    options += " --examples --batch-size --epsilon --delta"
     for word in (*FAMILIES, *options.split(), "--max-optimizer-steps", "--out"):
         assert f"\n  {word} " in out
 

@@ -1,0 +1,167 @@
+"""Mechanisms in files, with what a training has to know of them."""
+
+import dataclasses
+import inspect
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from .._files import read_npz, write_npz
+from .._validation import check_path
+from ..privacy import Budget
+from .banded_inverse_toeplitz import BandedInverseToeplitz
+from .banded_toeplitz import BandedToeplitz
+from .buffered_toeplitz import BufferedToeplitz
+from .dense import Dense
+
+_FAMILIES = {
+    kind.__name__: kind
+    for kind in (BandedInverseToeplitz, BandedToeplitz, BufferedToeplitz, Dense)
+}
+
+
+class SavedMechanism(NamedTuple):
+    """What a file of `save` has in it.
+
+    Attributes:
+      mechanism: The set-up: participation, objective and workload are in it.
+      params: The parameters.
+      budget: The privacy budget, or None.
+      amplified: Whether the noise multiplier is that of cyclic Poisson sampling.
+      noise_multiplier: The standard deviation of the noise over clipping norm and
+        sensitivity, or None.
+    """
+
+    mechanism: Any
+    params: Any
+    budget: Budget | None
+    amplified: bool
+    noise_multiplier: float | None
+
+    def streaming_matrix(self) -> Any:
+        """The noising matrix as jax-privacy takes it, for a sensitivity of 1.
+
+        Returns:
+          What `mechanism.streaming_matrix(params)` is.
+        """
+        return self.mechanism.streaming_matrix(self.params)
+
+
+def save(
+    path: str | os.PathLike[str],
+    mechanism: Any,
+    params: Float[Array, "..."] | Float[np.ndarray, "..."],
+    *,
+    budget: Budget | None = None,
+    amplified: bool = False,
+) -> None:
+    """Writes a mechanism into a file, for `load`, or for `numpy.load`.
+
+    Beside what `load` needs it has the `sensitivity` of the strategy in it, and the
+    `noising_coef` (of `Dense` the `noising_matrix`) of the multiple of the strategy
+    whose sensitivity is 1, whatever the family is.
+
+    Args:
+      path: The file, an `.npz`.
+      mechanism: One of the mechanisms here, of values that are not traced.
+      params: Its parameters.
+      budget: The privacy budget, for which the noise multiplier is computed.
+      amplified: Whether training samples by `budget.cyclic_poisson`: then the noise
+        multiplier is that of a `BandedToeplitz` for one participation.
+
+    Raises:
+      ModuleNotFoundError: If there is a budget, and dp-accounting is not installed.
+      TypeError: If an argument is of the wrong type.
+      ValueError: If the mechanism is none for the budget.
+    """
+    check_path("path", path)
+    name = type(mechanism).__name__
+    if _FAMILIES.get(name) is not type(mechanism):
+        raise TypeError(f"`mechanism` must be one of this module, got {mechanism!r}.")
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(mechanism)):
+        raise TypeError("`mechanism` must not have traced values in it.")
+    params = np.asarray(params, float)
+    arrays: dict[str, Any] = {"family": name, "params": params}
+    for argument in _arguments(type(mechanism)):
+        value = getattr(mechanism, argument)
+        if value is not None:
+            arrays[f"mechanism/{argument}"] = value
+    with jax.enable_x64():
+        sensitivity = jnp.sqrt(mechanism.sensitivity_squared(params))
+        arrays["sensitivity"] = sensitivity
+        for part in ("noising_coef", "noising_matrix"):
+            if hasattr(mechanism, part):
+                arrays[part] = sensitivity * getattr(mechanism, part)(params)
+    if budget is not None:
+        arrays["amplified"] = amplified
+        arrays["noise_multiplier"] = _noise_multiplier(mechanism, budget, amplified)
+        for key, value in dataclasses.asdict(budget).items():
+            arrays[f"budget/{key}"] = value
+    write_npz(Path(path), {key: np.asarray(x) for key, x in arrays.items()})
+
+
+def load(path: str | os.PathLike[str]) -> SavedMechanism:
+    """Reads a mechanism from a file of `save`, or of `python -m jaxmf_opt`.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The mechanism, its parameters and the privacy budget.
+
+    Raises:
+      ValueError: If it is no such file.
+    """
+    check_path("path", path)
+    arrays = read_npz(Path(path))
+    if "family" not in arrays or str(arrays["family"]) not in _FAMILIES:
+        raise ValueError(f"{path} is no file of `save`: it has no mechanism in it.")
+
+    def part(name: str) -> dict[str, Any]:
+        prefix = f"{name}/"
+        return {
+            key.removeprefix(prefix): x if x.ndim else x.item()
+            for key, x in arrays.items()
+            if key.startswith(prefix)
+        }
+
+    budget = part("budget")
+    return SavedMechanism(
+        _FAMILIES[str(arrays["family"])](**part("mechanism")),
+        arrays["params"],
+        Budget(**budget) if budget else None,
+        bool(arrays.get("amplified", False)),
+        float(arrays["noise_multiplier"]) if budget else None,
+    )
+
+
+def _arguments(kind: type) -> list[str]:
+    return [x for x in inspect.signature(kind).parameters if x != "self"]
+
+
+def _noise_multiplier(mechanism: Any, budget: Budget, amplified: bool) -> float:
+    n, count = int(mechanism.n), int(mechanism.max_participations)
+    if n != budget.steps:
+        raise ValueError(
+            f"`mechanism` must have the {budget.steps} steps of `budget`, got {n}."
+        )
+    if not amplified:
+        if count < budget.epochs or mechanism.min_sep > budget.steps_per_epoch:
+            raise ValueError(
+                f"`mechanism` must be for {budget.epochs} participations, "
+                f"{budget.steps_per_epoch} steps apart, as in `budget`; got {count}, "
+                f"{mechanism.min_sep} steps apart."
+            )
+        return budget.noise_multiplier()
+    if not isinstance(mechanism, BandedToeplitz) or count != 1:
+        raise ValueError(
+            "`mechanism` must be a `BandedToeplitz` for one participation where "
+            f"`amplified` is True, got {mechanism!r}."
+        )
+    return budget.noise_multiplier(bands=int(mechanism.bands))

@@ -1,0 +1,147 @@
+"""The job for a privacy budget, by jax-privacy and dp-accounting."""
+
+import contextlib
+import functools
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from jax_privacy.matrix_factorization import dense, sensitivity, toeplitz
+from matplotlib.figure import Figure
+from numpy.testing import assert_allclose
+
+from jaxmf_opt.cli.main import main
+from jaxmf_opt.mechanisms import load
+from jaxmf_opt.privacy import Budget
+
+pytestmark = pytest.mark.mixes  # jax-privacy's code
+
+# (It is quick to find much noise.)
+BUDGET = Budget(examples=1000, batch_size=100, epochs=2, epsilon=0.3, delta=1e-5)
+ARGV = "--examples 1000 --batch-size 100 --epochs 2 --epsilon 0.3 --delta 1e-5"
+
+
+@functools.cache
+def noise_multiplier(bands: int | None) -> float:
+    return BUDGET.noise_multiplier(bands)
+
+
+class Job(NamedTuple):
+    """What a run printed, wrote and drew."""
+
+    out: str
+    directory: Path
+    arrays: dict[str, np.ndarray]
+    figure: Figure
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    directory, figures = tmp_path_factory.mktemp("budget"), []
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        pytest.MonkeyPatch.context() as patch,
+        # Fixtures of a module come before the marker that sets these.
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        patch.setattr(plt, "close", figures.append)
+        main([*ARGV.split(), "--buffers", "1", "2", "--out", str(directory)])
+    with np.load(directory / "budget.npz") as file:
+        arrays = {name.removeprefix("budget/"): x for name, x in file.items()}
+    return Job(out.getvalue(), directory, arrays, figures[0])
+
+
+def test_all_divisors_and_buffers_are_there(job: Job):
+    names = ("family", "size", "amplified")
+    got = set(zip(*(job.arrays[name].tolist() for name in names), strict=True))
+    banded = {
+        ("banded-toeplitz", b, x) for b in (1, 2, 4, 5, 10) for x in (False, True)
+    }
+    assert got == banded | {("blt", d, False) for d in (1, 2)}
+
+
+def test_noise_multipliers_are_those_of_the_library(job: Job):
+    for size, amplified, got in zip(
+        *(job.arrays[x] for x in ("size", "amplified", "noise_multiplier")), strict=True
+    ):
+        want = noise_multiplier(int(size) if amplified else None)
+        assert_allclose(got, want, rtol=1e-12)
+
+
+def test_files_hold_the_front_and_its_errors(job: Job):
+    """The errors by jax-privacy, of matrices written out."""
+    files = set(job.directory.glob("*.npz")) - {job.directory / "budget.npz"}
+    kept, errors = job.arrays["noise_kept"], job.arrays["error"]
+    best = [i for i in range(kept.size) if errors[i] <= errors[kept <= kept[i]].min()]
+    assert len(files) == len({float(errors[i]) for i in best})
+    with jax.enable_x64():
+        for path in files:
+            saved = load(path)
+            assert saved.budget == BUDGET and saved.noise_multiplier is not None
+            noising = np.asarray(saved.streaming_matrix().materialize(20))
+            c = jnp.array(np.linalg.inv(noising))
+            if saved.amplified:
+                size = sensitivity.single_participation_sensitivity(c)
+            else:
+                size = sensitivity.fixed_epoch_sensitivity(c, 2)
+            assert_allclose(size, 1, rtol=1e-6)
+            error = np.sqrt(dense.per_query_error(strategy_matrix=c).mean())
+            error *= saved.noise_multiplier / 100
+            assert np.isclose(errors[best], error, rtol=1e-6).any()
+
+
+def test_it_is_as_good_as_jax_privacy(job: Job):
+    """For as much noise. (Each number of bands is compiled, so only one.)"""
+    (i,) = np.flatnonzero(job.arrays["amplified"] & (job.arrays["size"] == 5))
+    with jax.enable_x64():
+        loss = toeplitz.loss(toeplitz.optimize_banded_toeplitz(20, 5), n=20)
+        want = np.sqrt(loss) * noise_multiplier(5) / 100
+    assert job.arrays["error"][i] <= want * (1 + 1e-6)
+
+
+def test_the_table(job: Job):
+    lines = job.out.splitlines()
+    training = "1000 examples, 20 steps with batches of 100, 2 epochs"
+    first = lines.index(f"epsilon 0.3, delta 1e-05: {training}") + 2
+    rows = lines[first : first + job.arrays["size"].size]
+    kept, errors = job.arrays["noise_kept"], job.arrays["error"]
+    assert rows[0].split()[:2] == ["DP-SGD", "Poisson"] and rows[0].endswith("0.0% *")
+    for i, row in enumerate(rows):
+        assert (f" {errors[i]:.5f} " in row) and (f" {kept[i]} " in row)
+    starred = [row.endswith(" *") for row in rows]
+    assert sum(starred) == len(list(job.directory.glob("*.npz"))) - 1
+
+
+def test_the_picture(job: Job):
+    (axes,) = job.figure.axes
+    drawn = np.concatenate([np.array(x.get_ydata()) for x in axes.get_lines()])
+    assert set(np.round(job.arrays["error"], 12)) <= set(np.round(drawn, 12))
+    assert (job.directory / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+BAD: dict[str, Any] = {
+    "--epsilon 8 --delta 1e-4": "takes --examples and --batch-size, too",
+    ARGV + " --steps 9": "--steps: it follows from --examples",
+    ARGV + " --momentum 0 0.9": "--momentum: one for a privacy budget",
+    ARGV + " --epochs 1 2": "--epochs: one for a privacy budget",
+    ARGV + " --epsilon 0": "--epsilon: must be a number above 0",
+    ARGV + " --batch-size 1001": "--batch-size: must be at most `examples`, 1000",
+    ARGV
+    + " --bands 11": "--bands: sampling allows at most 10 bands, the number of steps",
+}
+
+
+@pytest.mark.parametrize("argv", BAD)
+def test_bad_budgets(argv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        main([*argv.split(), "--out", str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert BAD[argv] in line
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,86 @@
+"""Noise multipliers, by dp-accounting called directly."""
+
+import logging
+from typing import Any
+
+import dp_accounting
+import pytest
+from dp_accounting import pld
+
+from jaxmf_opt.privacy import Budget
+
+SMALL: dict[str, Any] = {
+    "examples": 1000,
+    "batch_size": 100,
+    "epochs": 4,
+    "epsilon": 2.0,
+    "delta": 1e-5,
+}
+
+
+def epsilon_of(budget: Budget, noise_multiplier: float, bands: int | None) -> float:
+    event: Any = dp_accounting.GaussianDpEvent(noise_multiplier)
+    if bands is not None:
+        probability = budget.batch_size / (budget.examples // bands)
+        event = dp_accounting.PoissonSampledDpEvent(probability, event)
+        event = dp_accounting.SelfComposedDpEvent(event, -(-budget.steps // bands))
+    return pld.PLDAccountant().compose(event).get_epsilon(budget.delta)
+
+
+# One part for each step, and parts that do not take the same number of turns.
+@pytest.mark.parametrize(
+    ("epsilon", "bands"), [(0.3, None), (0.3, 3), (0.3, 10), (6.0, None), (6.0, 1)]
+)
+def test_the_budget_is_met_and_used(epsilon: float, bands: int | None):
+    budget = Budget(**{**SMALL, "epsilon": epsilon})
+    noise_multiplier = budget.noise_multiplier(bands)
+    assert epsilon_of(budget, noise_multiplier, bands) <= epsilon * (1 + 1e-4)
+    assert epsilon_of(budget, noise_multiplier * (1 - 1e-3), bands) > epsilon
+
+
+def test_dp_accounting_is_not_made_silent_for_ever():
+    level = logging.getLogger("absl").level
+    Budget(**SMALL).noise_multiplier(10)
+    assert logging.getLogger("absl").level == level
+
+
+def test_of_an_example_of_the_literature():
+    """arXiv 2306.08153 has the formulas; the numbers are of PLD accounting."""
+    budget = Budget(100_000, 512, 20, 8.0, 1e-6)
+    assert (budget.steps_per_epoch, budget.steps) == (195, 3900)
+    assert round(budget.noise_multiplier(), 4) == 0.6529
+    assert round(budget.noise_multiplier(195), 4) == 2.92
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"examples": 0}, "`examples` must be a whole number above 0, got 0."),
+        ({"batch_size": 2.5}, "`batch_size` must be a whole number"),
+        ({"batch_size": 1001}, "`batch_size` must be at most `examples`, 1000"),
+        ({"epochs": True}, "`epochs` must be a whole number"),
+        ({"epsilon": 0.0}, "`epsilon` must be a number above 0"),
+        ({"epsilon": float("inf")}, "`epsilon` must be finite"),
+        ({"delta": 0}, "`delta` must be a number above 0"),
+        ({"delta": 1.0}, "`delta` must be below 1"),
+    ],
+)
+def test_impossible_budgets(wrong: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Budget(**{**SMALL, **wrong})
+
+
+def test_more_bands_than_sampling_allows():
+    with pytest.raises(ValueError, match="`bands` must be at most 10, the number"):
+        Budget(**SMALL).noise_multiplier(11)
+
+
+def test_a_budget_so_large_that_there_is_no_noise():
+    budget = Budget(**{**SMALL, "epsilon": 1e6})
+    with pytest.raises(ValueError, match="no noise multiplier of at least"):
+        budget.noise_multiplier(1)
+
+
+def test_a_delta_that_protects_nobody():
+    with pytest.warns(UserWarning, match="1 over the number of examples, 0.001"):
+        Budget(**{**SMALL, "delta": 1e-3})
