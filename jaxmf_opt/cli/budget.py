@@ -18,8 +18,8 @@ from .job import FAMILIES, found
 _GIVEN = ("examples", "batch_size", "epsilon", "delta")
 
 COLUMNS = """\
-columns: how examples come into batches: in a fixed order in each epoch, or drawn by
-cyclic Poisson sampling (arXiv 2306.08153, Algorithm 2), which amplifies privacy; how
+columns: how examples come into batches, of what is possible what is better: in a fixed
+order in each epoch, or by cyclic Poisson sampling (arXiv 2306.08153, Algorithm 2); how
 many vectors of noise, as large as the model, training has to keep; the noise multiplier
 (dp-accounting); the error of the model, the root of its expected square, over learning
 rate and clipping norm, for gradients that are means over a batch; that error below
@@ -176,7 +176,7 @@ def dp_sgd(choices: Sequence[Choice]) -> Choice:
 
 
 def table(choices: Sequence[Choice], budget: Budget) -> str:
-    """The mechanisms as text."""
+    """The mechanisms as text, each with the batches that suit it better."""
     layout = "{:<34} {:<15} {:>6} {:>11} {:>11} {:>8}"
     n, e = budget.steps, budget.epochs
     text = [
@@ -185,7 +185,8 @@ def table(choices: Sequence[Choice], budget: Budget) -> str:
         layout.format("mechanism", "batches", "noise", "multiplier", "error", "gain"),
     ]
     best, rival = set(map(id, front(choices))), dp_sgd(choices)
-    for c in choices:
+    better = {id(c.line): c for c in sorted(choices, key=lambda c: -c.error)}
+    for c in (c for c in choices if better[id(c.line)] is c):
         size = f"{c.line.set_up.size} {FAMILIES[c.line.family].sizes}"
         name = "DP-SGD" if c is rival else f"{c.line.family}, {size}"
         batches = "cyclic Poisson" if c.amplified else "fixed order"
