@@ -92,7 +92,7 @@ def of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget | No
     most = budget.steps_per_epoch
     args.steps = [budget.steps]
     args.momentum = args.momentum or [0.0]
-    args.family = args.family or ["banded-toeplitz", "blt"]
+    args.family = args.family or ["normalized-banded-toeplitz", "blt"]
     args.buffers = args.buffers or [1, 2, 3, 4]
     if args.bands is None:
         args.bands = [b for b in range(1, most + 1) if budget.steps % b == 0]
@@ -103,9 +103,10 @@ def of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget | No
         )
     # One band is DP-SGD, with which all others are compared.
     args.bands = sorted({1, *args.bands})
-    if "banded-toeplitz" not in args.family:
+    if not any(FAMILIES[name].can_be_amplified for name in args.family):
         args.family = ["banded-toeplitz", *args.family]
-        args.bands = [1]
+        if not any(FAMILIES[name].sizes == "bands" for name in args.family[1:]):
+            args.bands = [1]
     return budget
 
 
@@ -153,7 +154,7 @@ def choices(
         error = float(line.outcome.error_after) / budget.batch_size
         sigma = noise_multipliers[None].result()
         all_of_them.append(Choice(line, False, sigma, error * sigma))
-        if line.family == "banded-toeplitz":
+        if FAMILIES[line.family].can_be_amplified:
             # Of one participation, where columns of an example have no row in common.
             error /= budget.epochs**0.5
             sigma = noise_multipliers[line.set_up.size].result()
@@ -177,7 +178,7 @@ def dp_sgd(choices: Sequence[Choice]) -> Choice:
 
 def table(choices: Sequence[Choice], budget: Budget) -> str:
     """The mechanisms as text, each with the batches that suit it better."""
-    layout = "{:<34} {:<15} {:>6} {:>11} {:>11} {:>8}"
+    layout = "{:<38} {:<15} {:>6} {:>11} {:>11} {:>8}"
     n, e = budget.steps, budget.epochs
     text = [
         f"epsilon {budget.epsilon:g}, delta {budget.delta:g}: {budget.examples} "

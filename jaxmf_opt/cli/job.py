@@ -21,6 +21,7 @@ from ..mechanisms import (
     BandedToeplitz,
     BufferedToeplitz,
     Dense,
+    NormalizedBandedToeplitz,
     workloads,
 )
 from ..robust import ROBUST_OPTIMIZER
@@ -80,6 +81,8 @@ class Family:
       has_grad: Whether the loss comes with its gradient.
       grows: Whether the optimum of one size is the start for the next larger one, which
         need not be of use.
+      can_be_amplified: Whether sampling amplifies its privacy, with as many bands as an
+        epoch has steps at most.
       batch_size: As in `sweep`.
     """
 
@@ -90,6 +93,7 @@ class Family:
     kept: Callable[[int, dict[str, Array]], int]
     has_grad: bool = False
     grows: bool = False
+    can_be_amplified: bool = False
     batch_size: int | None = None
 
 
@@ -123,6 +127,17 @@ FAMILIES = {
             "strategy_coef": (c := m.strategy_coef(p)[: p.size]) / jnp.linalg.norm(c)
         },
         kept=lambda size, parts: size - 1,
+        can_be_amplified=True,
+    ),
+    "normalized-banded-toeplitz": Family(
+        sizes="bands",
+        make=_make_banded(NormalizedBandedToeplitz),
+        static=lambda s: None,
+        needed=lambda m, p: {
+            "strategy_coef": (c := m.strategy_coef(p)[: p.size]) / jnp.linalg.norm(c)
+        },
+        kept=lambda size, parts: size - 1,
+        can_be_amplified=True,
     ),
     "banded-inverse-toeplitz": Family(
         sizes="bands",

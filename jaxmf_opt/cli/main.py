@@ -33,14 +33,14 @@ noise multiplier and the clipping norm.
 
 families:
   banded-toeplitz          DP-BandMF (arXiv 2405.15913): can be amplified by sampling
+  normalized-banded-toeplitz  the same, with columns of one norm: a smaller error
   banded-inverse-toeplitz  BandInvMF, BISR (arXiv 2505.12128): little memory
   blt                      buffered linear Toeplitz (arXiv 2404.16706): least memory
   dense                    any matrix (arXiv 2306.08153): the least error, for few steps
 
 With a privacy budget (--examples, --batch-size, --epochs, --epsilon, --delta) it is one
-training. Then the noise multipliers come from dp-accounting, also for banded Toeplitz
-mechanisms that cyclic Poisson sampling amplifies, and the errors are those at the
-budget.
+training. Then the noise multipliers come from dp-accounting, also for banded mechanisms
+that cyclic Poisson sampling amplifies, and the errors are those at the budget.
 """
 
 _COLUMNS = """\
@@ -222,7 +222,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=list(FAMILIES),
         metavar="F",
-        help="families of mechanisms (default: banded-toeplitz; with a budget blt too)",
+        help="families of mechanisms (default: banded-toeplitz; with a "
+        "budget normalized-banded-toeplitz blt)",
     )
     add(
         "--steps",
@@ -315,6 +316,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget 
         parser.error(
             f"argument --bands: {max(args.bands)} bands are more than the smallest "
             f"number of training steps, {steps}"
+        )
+    apart = min(n // k for n, k in itertools.product(args.steps, args.epochs))
+    is_normalized = "normalized-banded-toeplitz" in args.family
+    if is_normalized and epochs > 1 and max(args.bands) > apart > 0:
+        parser.error(
+            f"argument --bands: with normalized-banded-toeplitz at most {apart}, the "
+            f"steps of the shortest epoch; got {max(args.bands)}"
         )
     if epochs > steps:
         parser.error(

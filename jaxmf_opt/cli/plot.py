@@ -15,6 +15,7 @@ from .budget import dp_sgd, front
 
 _STYLES = {
     "banded-toeplitz": "o-",
+    "normalized-banded-toeplitz": "D-",
     "banded-inverse-toeplitz": "s--",
     "blt": "^:",
     "dense": "*-",

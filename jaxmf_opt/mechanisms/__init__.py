@@ -6,6 +6,7 @@ object of one of the classes here is a set-up. It has a good starting point and 
 for `optimize`, and what training needs of the parameters that come out.
 
 * `BandedToeplitz` can be amplified by sampling; it takes many bands to be good.
+* `NormalizedBandedToeplitz` has the same memory, and a smaller error.
 * `BandedInverseToeplitz` has small errors with few bands.
 * `BufferedToeplitz` (BLT) has nearly the smallest errors of Toeplitz strategies with
   a few buffers, however long the training is.
@@ -23,3 +24,6 @@ from .banded_inverse_toeplitz import BandedInverseToeplitz as BandedInverseToepl
 from .banded_toeplitz import BandedToeplitz as BandedToeplitz
 from .buffered_toeplitz import BufferedToeplitz as BufferedToeplitz
 from .dense import Dense as Dense
+from .normalized_banded_toeplitz import (
+    NormalizedBandedToeplitz as NormalizedBandedToeplitz,
+)

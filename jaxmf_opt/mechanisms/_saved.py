@@ -19,10 +19,17 @@ from .banded_inverse_toeplitz import BandedInverseToeplitz
 from .banded_toeplitz import BandedToeplitz
 from .buffered_toeplitz import BufferedToeplitz
 from .dense import Dense
+from .normalized_banded_toeplitz import NormalizedBandedToeplitz
 
 _FAMILIES = {
     kind.__name__: kind
-    for kind in (BandedInverseToeplitz, BandedToeplitz, BufferedToeplitz, Dense)
+    for kind in (
+        BandedInverseToeplitz,
+        BandedToeplitz,
+        BufferedToeplitz,
+        Dense,
+        NormalizedBandedToeplitz,
+    )
 }
 
 

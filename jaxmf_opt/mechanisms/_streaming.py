@@ -66,6 +66,21 @@ def by_buffers(buffers: Buffers, scale: Float[Array, ""]) -> Any:
     return _streaming_matrix(init, step)
 
 
+def with_rows_scaled(matrix: Any, factors: Float[Array, " n"]) -> Any:
+    """A streaming matrix of so many rows, each multiplied by a factor."""
+
+    def init(like: Any) -> tuple[Array, Any]:
+        return jnp.array(0), matrix.init_multiply(like)
+
+    def multiply_next(value: Any, state: tuple[Array, Any]) -> tuple[Any, Any]:
+        t, inner = state
+        y, inner = matrix.multiply_next(value, inner)
+        scaled = jax.tree.map(lambda x: factors[t].astype(x.dtype) * x, y)
+        return scaled, (t + 1, inner)
+
+    return type(matrix)(init, multiply_next)
+
+
 def by_rows(matrix: Float[Array, "n n"]) -> Any:
     """A lower-triangular matrix. Its state is all that has come so far."""
 

@@ -154,15 +154,15 @@ def _blocks(coef: Array, x: Array) -> tuple[Array, Array, Array]:
     return _part(coef, size, size), _part(coef, size, width, width), blocks
 
 
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _multiply_in_blocks(coef: Array, x: Array) -> Array:
     diagonal, left, blocks = _blocks(coef, x)
-    y = _matmul(blocks, diagonal.T)
+    y = matmul(blocks, diagonal.T)
     if len(blocks) > 1 and left.size:
         before = blocks[:-1, -left.shape[1] :]
-        y = y.at[1:].add(_matmul(before, left.T))
+        y = y.at[1:].add(matmul(before, left.T))
     return y.ravel()[: x.size]
 
 
@@ -170,15 +170,15 @@ def _solve_in_blocks(coef: Array, rhs: Array, inside: Array) -> Array:
     diagonal, left, blocks = _blocks(coef, rhs)
     size = len(diagonal)
     inverse = _part(_inverse_by_rows(coef, size), size, size)
-    blocks = _matmul(blocks, inverse.T)
+    blocks = matmul(blocks, inverse.T)
     inside = jnp.pad(inside, (0, blocks.size - inside.size)).reshape(blocks.shape)
     if len(blocks) == 1 or not left.size:
         return jnp.where(inside, blocks, 0.0).ravel()[: rhs.size]
-    left = _matmul(inverse, left)
+    left = matmul(inverse, left)
 
     def block(last: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
         x, keep = xs
-        x = jnp.where(keep, x - _matmul(left, last), 0.0)
+        x = jnp.where(keep, x - matmul(left, last), 0.0)
         return x[-last.size :], x
 
     start = jnp.zeros(left.shape[1], rhs.dtype)
@@ -189,7 +189,7 @@ def _inverse_by_rows(coef: Array, size: int) -> Array:
     """The leading coefficients of the inverse power series, one after the other."""
 
     def row(before: Array, rhs: Array) -> tuple[Array, Array]:
-        x = (rhs - _matmul(coef[1:], before)) / coef[0]
+        x = (rhs - matmul(coef[1:], before)) / coef[0]
         return jnp.append(x, before)[: before.size], x
 
     start = jnp.zeros(coef.size - 1, coef.dtype)

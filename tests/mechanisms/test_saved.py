@@ -16,6 +16,7 @@ from jaxmf_opt.mechanisms import (
     BandedToeplitz,
     BufferedToeplitz,
     Dense,
+    NormalizedBandedToeplitz,
     load,
     save,
     workloads,
@@ -37,10 +38,11 @@ MECHANISMS: list[Any] = [
         max_error=True,
         **EPOCHS,
     ),
+    NormalizedBandedToeplitz(15, 5, **EPOCHS),
     BufferedToeplitz(15, 2, **EPOCHS),
     Dense(15, workload_matrix=np.tri(15), **EPOCHS),
 ]
-NAMES = ["banded", "one band", "inverse", "buffered", "dense"]
+NAMES = ["banded", "one band", "inverse", "normalized", "buffered", "dense"]
 of_mechanisms = pytest.mark.parametrize("m", MECHANISMS, ids=NAMES)
 
 
@@ -49,7 +51,10 @@ def noising_matrix(m: Any, params: Any) -> np.ndarray:
     scale = np.sqrt(m.sensitivity_squared(params))
     if isinstance(m, Dense):
         return scale * np.asarray(m.noising_matrix(params))
-    return scale * matrix_of(m.noising_coef(params), np.zeros(15))
+    matrix = scale * matrix_of(m.noising_coef(params), np.zeros(15))
+    if isinstance(m, NormalizedBandedToeplitz):
+        return np.asarray(m.column_norms(params))[:, None] * matrix
+    return matrix
 
 
 @of_mechanisms
