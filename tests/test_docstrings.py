@@ -28,7 +28,15 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # transformations that `robust_lbfgs` is made of are for those who read its code.
 HANDED_OUT = {
     *("Lane", "Solution", "History", "MinimiserState", "SolverState", "Record"),
-    *("SweepInterrupted", "SweepTable", "Buffers", "RescaledState", "RestartState"),
+    *(
+        "SweepInterrupted",
+        "SweepTable",
+        "Buffers",
+        "RescaledState",
+        "SavedMechanism",
+        "SearchProgress",
+        "RestartState",
+    ),
     *("RobustOptimizer", "skip_bad_pairs", "rescale_variables", "restart_when_stuck"),
     "short_first_step",
 }

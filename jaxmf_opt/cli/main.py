@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import sys
@@ -174,7 +175,7 @@ def _write_choices(
 def _draw(what: str, path: Path, *args: Any) -> None:
     """Draws a picture, if matplotlib is there."""
     try:
-        from . import plot
+        plot = importlib.import_module(".plot", __package__)
     except ModuleNotFoundError:
         print("no picture without matplotlib: pip install 'jaxmf_opt[plot]'")
         return

@@ -72,7 +72,8 @@ def save(
 
     Beside what `load` needs it has the `sensitivity` of the strategy in it, and the
     `noising_coef` (of `Dense` the `noising_matrix`) of the multiple of the strategy
-    whose sensitivity is 1, whatever the family is.
+    whose sensitivity is 1, whatever the family is. Of `NormalizedBandedToeplitz` it has
+    the `column_norms`, too, which multiply the rows of the noising matrix.
 
     Args:
       path: The file, an `.npz`.
@@ -86,6 +87,16 @@ def save(
       ModuleNotFoundError: If there is a budget, and dp-accounting is not installed.
       TypeError: If an argument is of the wrong type.
       ValueError: If the mechanism is none for the budget.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from jaxmf_opt.mechanisms import BandedToeplitz
+      >>> mechanism = BandedToeplitz(20, 4, min_sep=5, max_participations=4)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = pathlib.Path(directory, "banded.npz")
+      ...     save(path, mechanism, mechanism.initial_params())
+      ...     np.load(path)["noising_coef"].shape
+      (20,)
     """
     check_path("path", path)
     name = type(mechanism).__name__
@@ -105,6 +116,8 @@ def save(
         for part in ("noising_coef", "noising_matrix"):
             if hasattr(mechanism, part):
                 arrays[part] = sensitivity * getattr(mechanism, part)(params)
+        if isinstance(mechanism, NormalizedBandedToeplitz):
+            arrays["column_norms"] = mechanism.column_norms(params)
     if budget is not None:
         arrays["amplified"] = amplified
         arrays["noise_multiplier"] = _noise_multiplier(mechanism, budget, amplified)
@@ -124,6 +137,16 @@ def load(path: str | os.PathLike[str]) -> SavedMechanism:
 
     Raises:
       ValueError: If it is no such file.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from jaxmf_opt.mechanisms import BandedToeplitz
+      >>> mechanism = BandedToeplitz(20, 4, min_sep=5, max_participations=4)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = pathlib.Path(directory, "banded.npz")
+      ...     save(path, mechanism, mechanism.initial_params())
+      ...     load(path).mechanism.bands
+      4
     """
     check_path("path", path)
     arrays = read_npz(Path(path))

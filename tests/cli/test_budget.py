@@ -61,7 +61,9 @@ def test_all_divisors_and_buffers_are_there(job: Job):
     names = ("family", "size", "amplified")
     got = set(zip(*(job.arrays[name].tolist() for name in names), strict=True))
     banded = {
-        ("banded-toeplitz", b, x) for b in (1, 2, 4, 5, 10) for x in (False, True)
+        ("normalized-banded-toeplitz", b, sampled)
+        for b in (1, 2, 4, 5, 10)
+        for sampled in (False, True)
     }
     assert got == banded | {("blt", d, False) for d in (1, 2)}
 

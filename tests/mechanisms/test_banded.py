@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from jax_privacy.matrix_factorization import toeplitz
+from jax_privacy.matrix_factorization import optimization, streaming_matrix, toeplitz
 from numpy.testing import assert_allclose
+from scipy.linalg import toeplitz as lower_triangular
 
 from jaxmf_opt import ROBUST_OPTIMIZER, optimize
-from jaxmf_opt.mechanisms import BandedInverseToeplitz, BandedToeplitz, workloads
+from jaxmf_opt.mechanisms import (
+    BandedInverseToeplitz,
+    BandedToeplitz,
+    NormalizedBandedToeplitz,
+    workloads,
+)
 
 pytestmark = pytest.mark.mixes  # upstream's code
 
@@ -80,3 +86,68 @@ class TestOptimum:
         # Its columns have no row in common, so epochs multiply its loss.
         loss = BandedToeplitz(48, 3).loss
         assert m.loss(found) < 3 * loss(optimize(loss, jnp.ones(3), rtol=1e-6))
+
+
+class TestNormalized:
+    """Columns scaled to one norm."""
+
+    @pytest.mark.parametrize(
+        ("n", "bands", "max_error"), [(12, 5, False), (12, 12, True), (3, 2, False)]
+    )
+    def test_against_matrices_written_out(self, n: int, bands: int, max_error: bool):
+        """Also where set-ups are arrays, and there are more parameters than steps."""
+        rng = np.random.default_rng(n + bands)
+        coef, workload_coef = rng.uniform(0.2, 1, 14), rng.uniform(0.2, 1, 13)
+        direction = rng.normal(size=14)
+
+        @jax.jit
+        def results(n: Any, bands: Any, coef: Any) -> Any:
+            m = NormalizedBandedToeplitz(
+                n, bands, max_bands=14, workload_coef=workload_coef, max_error=max_error
+            )
+            slope = jax.jvp(m.loss, (coef,), (direction,))[1]
+            return m.loss(coef), m.per_query_error(coef), slope
+
+        loss, errors, slope = results(n, bands, coef)
+        cut = np.append(coef[: min(bands, n)], np.zeros(13))[:n]
+        c = lower_triangular(cut, np.zeros(n))
+        c /= np.linalg.norm(c, axis=0)
+        a = lower_triangular(workload_coef[:n], np.zeros(n))
+        want = np.sum((a @ np.linalg.inv(c)) ** 2, axis=1)
+        assert_allclose(errors, np.append(want, np.zeros(13 - n)), rtol=1e-11)
+        assert_allclose(loss, want.max() if max_error else want.mean(), rtol=1e-11)
+        step = 1e-6 * direction
+        ends = [results(n, bands, coef + s * step)[0] for s in (1, -1)]
+        assert_allclose(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-6)
+
+    def test_its_optimum_is_below_that_of_jax_privacy(self):
+        """By its example `normalized-banded-toeplitz`, of 3 epochs of 8 steps."""
+        n, bands, epochs = 24, 8, 3
+        m = NormalizedBandedToeplitz(n, bands, min_sep=8, max_participations=epochs)
+        start = m.initial_params()
+        got = m.loss(optimize(m.loss, start, optimizer=ROBUST_OPTIMIZER, rtol=1e-9))
+
+        def theirs(coef: Any) -> Any:
+            noising = toeplitz.inverse_as_streaming_matrix(
+                coef, column_normalize_for_n=n
+            )
+            decoder = streaming_matrix.multiply_streaming_matrices(
+                streaming_matrix.prefix_sum(), noising
+            )
+            return jnp.mean(decoder.row_norms_squared(n))
+
+        want = epochs * theirs(optimization.optimize(theirs, start))
+        assert got <= want * (1 + 1e-9)
+
+    def test_bands_must_not_meet(self):
+        with pytest.raises(ValueError, match="`bands` must be at most `min_sep`, 3;"):
+            NormalizedBandedToeplitz(12, 4, min_sep=3, max_participations=2)
+
+        def loss(bands: Any) -> Any:
+            m = NormalizedBandedToeplitz(
+                12, bands, max_bands=4, min_sep=3, max_participations=2
+            )
+            return m.loss(m.initial_params())
+
+        losses = jax.jit(jax.vmap(loss))(jnp.array([3, 4]))
+        assert np.isfinite(losses[0]) and np.isnan(losses[1])
