@@ -64,16 +64,23 @@ def mechanisms() -> Iterator[Problem]:
         "BLT max n=1000 d=3": largest,
         "BLT mean n=1000 d=3 k=4": mean,
     }.items():
-        yield Problem(name, _without(mechanism.loss), mechanism.initial_params())
-    dense = Dense(64, min_sep=16, **epochs)
-    start, unravel = ravel_pytree(dense.initial_params())
+        yield Problem(
+            name, without_hyperparam(mechanism.loss), mechanism.initial_params()
+        )
+    loss, start = of_dense(Dense(64, min_sep=16, **epochs))
+    loss = without_hyperparam(loss)
+    yield Problem("dense n=64 k=4", loss, start, optimizer=DEFAULT_OPTIMIZER)
 
-    def of_dense(y: Array) -> tuple[Array, Array]:
-        loss, grad = dense.loss_and_gradient(unravel(y))
+
+def of_dense(mechanism: Dense) -> tuple[Callable[[Any], Any], Array]:
+    """The loss of a dense mechanism, of a vector, and where to start."""
+    start, unravel = ravel_pytree(mechanism.initial_params())
+
+    def both(y: Array) -> tuple[Array, Array]:
+        loss, grad = mechanism.loss_and_gradient(unravel(y))
         return loss, ravel_pytree(grad)[0]
 
-    loss = _without(_with_gradient(of_dense))
-    yield Problem("dense n=64 k=4", loss, start, optimizer=DEFAULT_OPTIMIZER)
+    return _with_gradient(both), start
 
 
 def banded(n: int, bands: int, momentum: float = 0.9) -> Problem:
@@ -88,7 +95,7 @@ def banded(n: int, bands: int, momentum: float = 0.9) -> Problem:
     return Problem(name, loss, start, momentum, DEFAULT_OPTIMIZER)
 
 
-def _without(loss: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+def without_hyperparam(loss: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     """A loss that does not look at its hyperparameter."""
 
     def of_both(y: Any, _: Any) -> Any:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from ._solve import minimise
 from ._solver.optimizers import DEFAULT_OPTIMIZER
 from ._typing import Tolerance, Y
-from .callbacks._args import CallbackFnType, no_callback
+from .callbacks._args import CallbackFnType
 
 
 def optimize(
@@ -19,7 +19,7 @@ def optimize(
     *,
     max_optimizer_steps: int = 250,
     grad: bool = False,
-    callback: CallbackFnType = no_callback,
+    callback: CallbackFnType | None = None,
     optimizer: optax.GradientTransformation = DEFAULT_OPTIMIZER,
     rtol: Tolerance = 0.0,
     atol: Tolerance = 0.0,

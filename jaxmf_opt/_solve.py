@@ -1,8 +1,10 @@
 """One call, checked, sent the way it has to go."""
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +39,18 @@ from ._validation import (
     check_steps,
     check_tolerance,
 )
-from .callbacks._args import CallbackFnType, flatten_callbacks, no_callback, traced
+from .callbacks._args import CallbackFnType, flatten_callbacks, traced
 
 
 def solve(
     loss_fn: Callable[..., Any],
     params: PyTree,
+    args: PyTree = ...,
     *,
+    has_aux: bool = False,
     max_optimizer_steps: int = 250,
     grad: bool = False,
-    callback: CallbackFnType = no_callback,
+    callback: CallbackFnType | None = None,
     optimizer: optax.GradientTransformation = DEFAULT_OPTIMIZER,
     rtol: Tolerance = 0.0,
     atol: Tolerance = 0.0,
@@ -62,8 +66,14 @@ def solve(
     has its own: one that fails takes nothing from the others.
 
     Args:
-      loss_fn: As in `optimize`, like all the arguments down to `linear_solver`.
+      loss_fn: As in `optimize`, like all the arguments down to `linear_solver`; called
+        as `loss_fn(params, args)` if there are `args`.
       params: The starting point.
+      args: What the loss takes beside its parameters, a pytree: data, for example.
+        Arrays and numbers in it are operands, so that other values of them compile
+        nothing again, and the solution has derivatives with respect to them.
+      has_aux: Whether `loss_fn` returns a pair of the loss and something else (with
+        `grad`, a pair of that pair and the gradient, as `jax.value_and_grad` does).
       max_optimizer_steps: The limit of steps. To reach it is a status, no exception.
       grad: Whether `loss_fn` returns its gradient too.
       callback: Called after each step.
@@ -100,8 +110,9 @@ def solve(
         of what it added to the parameters, NaN for steps that this run has not taken.
         All are integers and floats of the caller's setting of `jax_enable_x64`.
       * `state`: a `SolverState`, to go on from. Its floats are float64.
+      * `aux`: with `has_aux`, what `loss_fn` returns beside the loss at `value`.
 
-      Only `value` has a derivative.
+      Only `value` has a derivative, and `aux` through it.
 
     Raises:
       TypeError: If an argument is of the wrong kind.
@@ -121,8 +132,16 @@ def solve(
       >>> solve(loss, jnp.zeros(2), rtol=1e-6, state=first.state).value
       Array([1., 1.], dtype=float32)
     """
-    return minimise(
-        loss_fn,
+    check_callable("loss_fn", loss_fn, arguments=1 if args is ... else 2)
+    check_flag("grad", grad)
+    check_flag("has_aux", has_aux)
+    loss = loss_fn
+    if args is not ...:
+        with jax.enable_x64():
+            operands = jax.tree.map(_as_operand, args)
+        loss = lambda params: loss_fn(params, operands)  # noqa: E731
+    solution = minimise(
+        _without_aux(loss, grad=grad) if has_aux else loss,
         params,
         max_optimizer_steps=max_optimizer_steps,
         grad=grad,
@@ -136,6 +155,39 @@ def solve(
         history=history,
         throw=throw,
     )
+    if not has_aux:
+        return solution
+    # In the types of the value: 64-bit ones are there if the caller has brought them.
+    bits = any(x.dtype == jnp.float64 for x in jax.tree.leaves(solution.value))
+    with jax.enable_x64() if bits else contextlib.nullcontext():
+        result = loss_fn(solution.value, *(() if args is ... else (args,)))
+    return dataclasses.replace(solution, aux=(result[0] if grad else result)[1])
+
+
+def _as_operand(x: Any) -> Any:
+    """A number, or an array of NumPy, as one of JAX, which is no part of a program."""
+    is_given = isinstance(x, (bool, int, float, complex, np.ndarray, np.generic))
+    return jnp.asarray(x) if is_given else x
+
+
+def _without_aux(loss_fn: Callable[..., Any], *, grad: bool) -> Callable[..., Any]:
+    """A loss that returns nothing else (but its gradient)."""
+
+    def loss(params: PyTree) -> Any:
+        result = loss_fn(params)
+        with_aux = result
+        if grad and isinstance(result, tuple) and len(result) == 2:
+            with_aux = result[0]
+        if not (isinstance(with_aux, tuple) and len(with_aux) == 2):
+            wanted = "((loss, aux), gradient)" if grad else "(loss, aux)"
+            raise TypeError(
+                f"`loss_fn` must return {wanted}, as `has_aux` is True"
+                + (" and so is `grad`" if grad else "")
+                + f"; got {result!r}."
+            )
+        return (with_aux[0], result[1]) if grad else with_aux[0]
+
+    return loss
 
 
 def minimise(
@@ -144,7 +196,7 @@ def minimise(
     *,
     max_optimizer_steps: int,
     grad: bool,
-    callback: CallbackFnType,
+    callback: CallbackFnType | None,
     optimizer: optax.GradientTransformation,
     rtol: Tolerance,
     atol: Tolerance,
@@ -161,7 +213,8 @@ def minimise(
     check_params(params)
     max_steps = check_steps(max_optimizer_steps)
     check_flag("grad", grad)
-    check_callable("callback", callback)
+    if callback is not None:
+        check_callable("callback", callback)
     check_optimizer(optimizer)
     check_linear_solver(linear_solver)
     check_history(history, max_steps)
@@ -215,7 +268,9 @@ def minimise(
         )
     else:
         if stepwise:
-            solution = solve_stepwise(spec, *operands, callback, first)
+            # (There is one, as there is nothing else that goes step by step.)
+            python = cast(CallbackFnType, callback)
+            solution = solve_stepwise(spec, *operands, python, first)
         else:
             with jax.enable_x64():
                 solution = compiled(spec).solve(*operands, callback_consts, first)

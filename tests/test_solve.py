@@ -1,9 +1,12 @@
 """The whole answer of a solve, and going on from it."""
 
+import contextlib
 import functools
+import logging
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -227,3 +230,89 @@ class TestSolution:
         for name, number in stats.items():
             kind = "float" if name in ("loss", "grad_norm") else "int"
             assert number.dtype == f"{kind}{64 if x64 else 32}"
+
+
+def fit(params: Any, data: Any) -> Any:
+    """A loss of parameters and data, and the residuals."""
+    residuals = data["x"] @ params["w"] * data["scale"] - data["y"]
+    return jnp.sum(residuals**2) + 0.1 * jnp.sum(params["w"] ** 2), residuals
+
+
+X = np.array([[1.0, 2.0], [0.5, -1.0], [3.0, 0.1]])
+
+
+def closed_form(y: Any, scale: float) -> Any:
+    x = scale * X
+    return np.linalg.solve(x.T @ x + 0.1 * np.eye(2), x.T @ np.asarray(y))
+
+
+@pytest.mark.mixes  # data of float64 in a float32 program
+class TestArgs:
+    START = {"w": np.zeros(2, np.float32)}  # noqa: RUF012
+    OPTIONS: dict[str, Any] = {"has_aux": True, "rtol": 1e-9}  # noqa: RUF012
+
+    def test_are_operands(self):
+        """Numbers and arrays of NumPy among them: nothing is compiled again."""
+        for y, scale in (([1.0, 2.0, 3.0], 2), ([-1.0, 0.5, 9.0], 1)):
+            data = {"x": X, "y": np.array(y), "scale": scale}
+            with count_compilations() as compiled:
+                solution = solve(fit, self.START, data, **self.OPTIONS)
+            want = closed_form(y, scale)
+            np.testing.assert_allclose(solution.value["w"], want, rtol=1e-6)
+            want = X @ want * scale - y
+            np.testing.assert_allclose(solution.aux, want, rtol=1e-5, atol=1e-6)
+        assert "jit(solve)" not in "".join(compiled)
+
+    def test_a_number_keeps_its_digits(self):
+        value = solve(lambda y, c: (y - c) ** 2, np.float64(0.0), 0.1, rtol=1e-9)
+        assert float(value.loss) < 1e-30
+        assert float(value.state.params) == 0.1
+
+    def test_have_derivatives_and_lanes(self):
+        def end(y: Any) -> Any:
+            data = {"x": X, "y": y, "scale": 2}
+            solution = solve(fit, self.START, data, **self.OPTIONS)
+            return solution.value["w"], solution.aux
+
+        ys = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+        values, residuals = jax.jit(jax.vmap(end))(ys)
+        want = closed_form(ys.T, 2).T
+        np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(residuals, 2 * want @ X.T - ys, atol=1e-5)
+        of_value, of_aux = jax.jacobian(end)(ys[0])
+        np.testing.assert_allclose(of_value, closed_form(np.eye(3), 2), rtol=1e-5)
+        want = 2 * X @ closed_form(np.eye(3), 2) - np.eye(3)
+        np.testing.assert_allclose(of_aux, want, rtol=1e-5, atol=1e-6)
+
+    def test_beside_a_gradient(self):
+        def both(y: Any, c: Any) -> Any:
+            return (jnp.sum((y - c) ** 2), {"y": y}), 2 * (y - c)
+
+        solution = solve(both, np.zeros(2), 1.5, grad=True, **self.OPTIONS)
+        np.testing.assert_array_equal(solution.aux["y"], solution.value)
+        np.testing.assert_array_equal(solution.value, 1.5)
+
+    def test_bad_calls(self):
+        with pytest.raises(TypeError, match="`loss_fn` must be callable with two arg"):
+            solve(lambda y: y**2, 1.0, 2.0)
+        with pytest.raises(TypeError, match=r"must return \(loss, aux\), as `has_aux`"):
+            solve(lambda y: y**2, 1.0, has_aux=True)
+        with pytest.raises(TypeError, match=r"\(\(loss, aux\), gradient\)"):
+            solve(lambda y: (y**2, 2 * y), 1.0, has_aux=True, grad=True)
+        with pytest.raises(TypeError, match="`has_aux` must be True or False"):
+            solve(lambda y: y**2, 1.0, has_aux=1)  # pyright: ignore[reportArgumentType]
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """What JAX says that it compiles."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield messages
+    finally:
+        logger.removeHandler(handler)

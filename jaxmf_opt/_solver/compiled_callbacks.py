@@ -132,7 +132,7 @@ class CompiledCallbacks(NamedTuple):
 
 
 def compile_callbacks(
-    callback: CallbackFnType, state: SolverState
+    callback: CallbackFnType | None, state: SolverState
 ) -> tuple[CompiledCallbacks, list[Array]]:
     """Makes a callback ready to be compiled.
 

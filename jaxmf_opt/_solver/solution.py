@@ -35,7 +35,7 @@ class Solution(optx.Solution[Any, Any]):
       result: `optimistix.RESULTS`: `successful`, `nonlinear_max_steps_reached`,
         `stagnation` (the line search cannot lower the loss any more, at a gradient that
         is not small), or `nonfinite`.
-      aux: None.
+      aux: With `has_aux`, what the loss returns beside its value, at `value`.
       stats: Numbers about the run.
       state: A `SolverState`, to go on from.
       loss: The loss at `value`, float64 also where `stats` has it in float32.

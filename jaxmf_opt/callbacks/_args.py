@@ -124,10 +124,6 @@ def _callback_args(*fields: Any) -> CallbackArgs:
 CallbackFnType: TypeAlias = Callable[[CallbackArgs], bool | None]
 
 
-def no_callback(_: CallbackArgs) -> None:
-    """The default callback. A solve that has it runs as one compiled program."""
-
-
 class traced:  # noqa: N801, a decorator
     """Marks a callback that is compiled into the solve.
 
@@ -234,8 +230,8 @@ def asks_to_stop(answer: Any) -> bool:
     return bool(answer)
 
 
-def flatten_callbacks(callback: CallbackFnType) -> list[CallbackFnType]:
-    """The callbacks that a callback is combined of, without those that do nothing."""
+def flatten_callbacks(callback: CallbackFnType | None) -> list[CallbackFnType]:
+    """The callbacks that a callback is combined of."""
     if isinstance(callback, combine):
         return [part for c in callback.callbacks for part in flatten_callbacks(c)]
-    return [] if callback is no_callback else [callback]
+    return [] if callback is None else [callback]

@@ -38,7 +38,6 @@ from ..callbacks._args import (
     CallbackFnType,
     combine,
     flatten_callbacks,
-    no_callback,
     traced,
 )
 from ._batch import digest_of, local_mesh
@@ -68,7 +67,7 @@ def sweep(
     keep_states: bool = True,
     max_optimizer_steps: int = 250,
     grad: bool = False,
-    callback: CallbackFnType = no_callback,
+    callback: CallbackFnType | None = None,
     optimizer: Any = DEFAULT_OPTIMIZER,
     rtol: Tolerance | Callable[[PyTree], Any] = 0.0,
     atol: Tolerance | Callable[[PyTree], Any] = 0.0,
@@ -160,7 +159,8 @@ def sweep(
     check_callable("loss_fn", loss_fn, arguments=2)
     check_params(params)
     max_steps = check_steps(max_optimizer_steps)
-    check_callable("callback", callback)
+    if callback is not None:
+        check_callable("callback", callback)
     flags = {"grad": grad, "history": history, "throw": throw, "progress": progress}
     for name, value in (flags | {"keep_states": keep_states}).items():
         check_flag(name, value)
@@ -315,7 +315,9 @@ def _check_options(lanes: Lanes, optimizer: Any, tolerances: Tolerances) -> None
                 check_tolerance(name, value)
 
 
-def _split(callback: CallbackFnType) -> tuple[list[traced], list[CallbackFnType]]:
+def _split(
+    callback: CallbackFnType | None,
+) -> tuple[list[traced], list[CallbackFnType]]:
     """The callbacks that are compiled, and those that are not."""
     callbacks = flatten_callbacks(callback)
     compiled = [c for c in callbacks if isinstance(c, traced)]
