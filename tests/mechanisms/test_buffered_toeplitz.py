@@ -114,20 +114,20 @@ class TestParameters:
 
 class TestOptimum:
     def test_is_as_low_as_upstreams(self):
-        """By as many buffers as it has; the second one is of some use, no other is."""
+        """The second buffer is of use, though upstream's is not; a third is not."""
         options: Any = {"min_sep": 16, "max_participations": 4}
         loss_fn = buffered_toeplitz.LossFn.build_min_sep(64, error="mean", **options)
-        blt, _ = buffered_toeplitz.optimize_loss(loss_fn, 4)
-        m = BufferedToeplitz(64, 4, **options)
-        want = m.loss(params_of(blt.buf_decay.tolist(), blt.output_scale.tolist()))
-        point, losses = None, []
-        for d in range(1, 4):
-            m = BufferedToeplitz(64, d, **options)
-            point = optimized(m, point)
-            losses.append(m.loss(point))
-        assert losses[0] > losses[1] * (1 + 1e-5)
-        assert losses[1] <= want * (1 + 1e-12)
-        assert_allclose(losses[2], losses[1], rtol=1e-9)
+        blt, _ = buffered_toeplitz.optimize_loss(loss_fn, 2)
+        want = BufferedToeplitz(64, 2, **options).loss(
+            params_of(blt.buf_decay.tolist(), blt.output_scale.tolist())
+        )
+        one, two, three = (BufferedToeplitz(64, d, **options) for d in (1, 2, 3))
+        of_one = optimized(one)
+        of_two = optimized(two, of_one)
+        assert one.loss(of_one) > two.loss(of_two) * (1 + 1e-5)
+        assert two.loss(of_two) <= want * (1 + 1e-12)
+        of_three = three.initial_params(of_two)
+        assert_allclose(three.loss(of_three), two.loss(of_two), rtol=1e-9)
 
     def test_a_buffer_more_is_never_worse(self):
         """From whatever point it is added to."""
