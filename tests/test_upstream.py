@@ -219,13 +219,10 @@ def tree_problem() -> Problem:
 
 EXACT: dict[str, Callable[[], Problem]] = {
     "toeplitz-mean-16": lambda: toeplitz_problem(16, 4, jnp.mean),
-    "toeplitz-mean-128": lambda: toeplitz_problem(128, 16, jnp.mean),
     "toeplitz-mean-1024": lambda: toeplitz_problem(1024, 32, jnp.mean),
     "toeplitz-max-128": lambda: toeplitz_problem(128, 16, jnp.max),
     "inverse-mean-128": lambda: inverse_toeplitz_problem(128, 16, jnp.mean),
-    "inverse-last-16": lambda: inverse_toeplitz_problem(16, 4, last),
     "inverse-last-1024": lambda: inverse_toeplitz_problem(1024, 32, last),
-    "dense-1-epoch": lambda: dense_problem(1),
     "dense-2-epochs": lambda: dense_problem(2),
     "mixed-tree": tree_problem,
 }
@@ -308,9 +305,8 @@ def test_every_step_and_the_result_are_those_of_upstream(name: str):
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("name", ["dense-1-epoch", "dense-2-epochs"])
-def test_the_default_callback_of_upstream_stops_both_at_the_same_step(name: str):
-    theirs, ours, _ = exact(name)
+def test_the_default_callback_of_upstream_stops_both_at_the_same_step():
+    theirs, ours, _ = exact("dense-2-epochs")
     assert len(ours.steps) == len(theirs.steps)
     # It is the callback that stopped, at the first gradient below its tolerance.
     largest = [np.abs(s.grad).max() for s in ours.steps]
@@ -604,7 +600,7 @@ few = functools.partial(
 
 
 @pytest.mark.bits
-@few(max_examples=8)
+@few(max_examples=5)
 @hypothesis.given(tree=TREES, seed=st.integers(0, 2**32 - 1))
 @hypothesis.example(tree={"leaf": Leaf((), "float64")}, seed=0)
 def test_any_convex_loss_of_any_tree(tree: PyTree, seed: int):
