@@ -182,11 +182,13 @@ def _noise_multiplier(mechanism: Any, budget: Budget, amplified: bool) -> float:
             f"`mechanism` must have the {budget.steps} steps of `budget`, got {n}."
         )
     if not amplified:
-        if count < budget.epochs or mechanism.min_sep > budget.steps_per_epoch:
+        # For steps that are exactly so far apart a sensitivity says nothing of others.
+        fixed = bool(getattr(mechanism, "fixed_epochs", True))
+        apart, wanted = int(mechanism.min_sep), budget.steps_per_epoch
+        if count < budget.epochs or apart > wanted or (fixed and apart != wanted):
             raise ValueError(
-                f"`mechanism` must be for {budget.epochs} participations, "
-                f"{budget.steps_per_epoch} steps apart, as in `budget`; got {count}, "
-                f"{mechanism.min_sep} steps apart."
+                f"`mechanism` must be for {budget.epochs} participations, {wanted} "
+                f"steps apart, as in `budget`; got {count}, {apart} steps apart."
             )
         return budget.noise_multiplier()
     if not isinstance(mechanism, BandedToeplitz) or count != 1:

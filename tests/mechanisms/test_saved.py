@@ -125,7 +125,15 @@ def test_a_multiplier_of_sampling_needs_a_mechanism_for_it(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=of):
             save(path, wrong, wrong.initial_params(), budget=BUDGET, amplified=True)
-    for wrong in (m, BandedToeplitz(15, 4, min_sep=6, max_participations=3)):
+    closer: Any = {"min_sep": 3, "max_participations": 5}
+    save(path, BandedToeplitz(15, 3, **closer), np.ones(3), budget=BUDGET)
+    for wrong in (
+        m,
+        BandedToeplitz(15, 4, min_sep=6, max_participations=3),
+        # Exactly three steps apart is not five.
+        BandedInverseToeplitz(15, 4, fixed_epochs=True, **closer),
+        Dense(15, **closer),
+    ):
         with pytest.raises(ValueError, match="3 participations, 5 steps apart"):
             save(path, wrong, wrong.initial_params(), budget=BUDGET)
 
