@@ -132,9 +132,10 @@ def solve(
       >>> solve(loss, jnp.zeros(2), rtol=1e-6, state=first.state).value
       Array([1., 1.], dtype=float32)
     """
-    check_callable("loss_fn", loss_fn, arguments=1 if args is ... else 2)
-    check_flag("grad", grad)
     check_flag("has_aux", has_aux)
+    if args is not ... or has_aux:  # else `minimise` sees the loss itself
+        check_callable("loss_fn", loss_fn, arguments=1 if args is ... else 2)
+        check_flag("grad", grad)
     loss = loss_fn
     if args is not ...:
         with jax.enable_x64():

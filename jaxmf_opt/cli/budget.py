@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..mechanisms import save
+from ..mechanisms._saved import write
 from ..privacy import Budget
 from .job import FAMILIES, found
 
@@ -230,5 +230,7 @@ def save_front(
             sampled=c.amplified,
         )
         paths.append(directory / f"{c.name}.npz")
-        save(paths[-1], mechanism, params, budget=budget, amplified=c.amplified)
+        # (The noise multiplier is known, and takes seconds to find.)
+        known = budget, c.amplified, c.noise_multiplier
+        write(paths[-1], mechanism, params, *known)
     return paths

@@ -118,14 +118,17 @@ def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> 
     return Dense(most.n, workload_matrix=matrix, **options)
 
 
+def _strategy_of_norm_1(m: Any, params: Array) -> dict[str, Array]:
+    coef = m.strategy_coef(params)[: params.size]
+    return {"strategy_coef": coef / jnp.linalg.norm(coef)}
+
+
 FAMILIES = {
     "banded-toeplitz": Family(
         sizes="bands",
         make=_make_banded(BandedToeplitz),
         static=lambda s: None,
-        needed=lambda m, p: {
-            "strategy_coef": (c := m.strategy_coef(p)[: p.size]) / jnp.linalg.norm(c)
-        },
+        needed=_strategy_of_norm_1,
         kept=lambda size, parts: size - 1,
         can_be_amplified=True,
     ),
@@ -133,9 +136,7 @@ FAMILIES = {
         sizes="bands",
         make=_make_banded(NormalizedBandedToeplitz),
         static=lambda s: None,
-        needed=lambda m, p: {
-            "strategy_coef": (c := m.strategy_coef(p)[: p.size]) / jnp.linalg.norm(c)
-        },
+        needed=_strategy_of_norm_1,
         kept=lambda size, parts: size - 1,
         can_be_amplified=True,
     ),

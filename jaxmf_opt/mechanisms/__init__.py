@@ -19,10 +19,10 @@ from . import workloads as workloads
 from ._saved import SavedMechanism as SavedMechanism
 from ._saved import load as load
 from ._saved import save as save
-from ._streaming import Buffers as Buffers
 from .banded_inverse_toeplitz import BandedInverseToeplitz as BandedInverseToeplitz
 from .banded_toeplitz import BandedToeplitz as BandedToeplitz
 from .buffered_toeplitz import BufferedToeplitz as BufferedToeplitz
+from .buffered_toeplitz import Buffers as Buffers
 from .dense import Dense as Dense
 from .normalized_banded_toeplitz import (
     NormalizedBandedToeplitz as NormalizedBandedToeplitz,

@@ -135,8 +135,7 @@ class ToeplitzMechanism(eqx.Module):
           TypeError: If `params` are no real numbers.
           ValueError: If there are too many or too few.
         """
-        decoder_coef = self._decoder_coef(self._check_params(params))
-        return self._or_nan(self._per_query_error(decoder_coef))
+        return self._or_nan(self._errors(self._check_params(params)))
 
     def sensitivity_squared(self, params: Vector) -> Float[Array, ""]:
         """The squared sensitivity of the strategy, or an upper bound of it.
@@ -250,11 +249,9 @@ class ToeplitzMechanism(eqx.Module):
 
     def _squared_error(self, params: Array) -> Array:
         """The mean or largest squared error of all steps."""
-        decoder_coef = self._decoder_coef(params)
         if self.learning_rate is not None:
-            errors = self._per_query_error(decoder_coef)
-            mean = jnp.sum(errors) / jnp.asarray(self.n, errors.dtype)
-            return jnp.where(self.max_error, jnp.max(errors), mean)
+            return self._mean_or_largest(self._errors(params))
+        decoder_coef = self._decoder_coef(params)
         # Row t of B has the entries b_0 ... b_t. So b_i is in n - i of the n rows, and
         # the last row has the largest norm.
         n = jnp.asarray(self.n, decoder_coef.dtype)
@@ -262,8 +259,14 @@ class ToeplitzMechanism(eqx.Module):
         inside = self._inside.astype(n.dtype)
         return jnp.sum(decoder_coef**2 * jnp.where(self.max_error, inside, rows / n))
 
-    def _per_query_error(self, decoder_coef: Array) -> Array:
+    def _mean_or_largest(self, errors: Array) -> Array:
+        """What is optimized, of the errors of all steps."""
+        mean = jnp.sum(errors) / jnp.asarray(self.n, errors.dtype)
+        return jnp.where(self.max_error, jnp.max(errors), mean)
+
+    def _errors(self, params: Array) -> Array:
         """The squared norms of the rows of `B`, 0 from n on."""
+        decoder_coef = self._decoder_coef(params)
         if self.learning_rate is None:
             errors = jnp.cumsum(decoder_coef**2)
         else:

@@ -80,7 +80,7 @@ def save(
       mechanism: One of the mechanisms here, of values that are not traced.
       params: Its parameters.
       budget: The privacy budget, for which the noise multiplier is computed.
-      amplified: Whether training samples by `budget.cyclic_poisson`: then the noise
+      amplified: Whether batches are drawn by cyclic Poisson sampling: then the noise
         multiplier is that of a `BandedToeplitz` for one participation.
 
     Raises:
@@ -104,9 +104,25 @@ def save(
         raise TypeError(f"`mechanism` must be one of this module, got {mechanism!r}.")
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(mechanism)):
         raise TypeError("`mechanism` must not have traced values in it.")
+    noise_multiplier = None
+    if budget is not None:
+        bands = _amplified_bands(mechanism, budget, amplified)
+        noise_multiplier = budget.noise_multiplier(bands)
+    write(Path(path), mechanism, params, budget, amplified, noise_multiplier)
+
+
+def write(
+    path: Path,
+    mechanism: Any,
+    params: Any,
+    budget: Budget | None,
+    amplified: bool,
+    noise_multiplier: float | None,
+) -> None:
+    """Writes what `save` has checked, with a noise multiplier that is known."""
     params = np.asarray(params, float)
-    arrays: dict[str, Any] = {"family": name, "params": params}
-    for argument in _arguments(type(mechanism)):
+    arrays: dict[str, Any] = {"family": type(mechanism).__name__, "params": params}
+    for argument in inspect.signature(type(mechanism)).parameters:
         value = getattr(mechanism, argument)
         if value is not None:
             arrays[f"mechanism/{argument}"] = value
@@ -120,10 +136,10 @@ def save(
             arrays["column_norms"] = mechanism.column_norms(params)
     if budget is not None:
         arrays["amplified"] = amplified
-        arrays["noise_multiplier"] = _noise_multiplier(mechanism, budget, amplified)
+        arrays["noise_multiplier"] = noise_multiplier
         for key, value in dataclasses.asdict(budget).items():
             arrays[f"budget/{key}"] = value
-    write_npz(Path(path), {key: np.asarray(x) for key, x in arrays.items()})
+    write_npz(path, {key: np.asarray(x) for key, x in arrays.items()})
 
 
 def load(path: str | os.PathLike[str]) -> SavedMechanism:
@@ -171,11 +187,8 @@ def load(path: str | os.PathLike[str]) -> SavedMechanism:
     )
 
 
-def _arguments(kind: type) -> list[str]:
-    return [x for x in inspect.signature(kind).parameters if x != "self"]
-
-
-def _noise_multiplier(mechanism: Any, budget: Budget, amplified: bool) -> float:
+def _amplified_bands(mechanism: Any, budget: Budget, amplified: bool) -> int | None:
+    """What `budget.noise_multiplier` takes; refuses a mechanism that is none for it."""
     n, count = int(mechanism.n), int(mechanism.max_participations)
     if n != budget.steps:
         raise ValueError(
@@ -190,10 +203,10 @@ def _noise_multiplier(mechanism: Any, budget: Budget, amplified: bool) -> float:
                 f"`mechanism` must be for {budget.epochs} participations, {wanted} "
                 f"steps apart, as in `budget`; got {count}, {apart} steps apart."
             )
-        return budget.noise_multiplier()
+        return None
     if not isinstance(mechanism, BandedToeplitz) or count != 1:
         raise ValueError(
             "`mechanism` must be a `BandedToeplitz` for one participation where "
             f"`amplified` is True, got {mechanism!r}."
         )
-    return budget.noise_multiplier(bands=int(mechanism.bands))
+    return int(mechanism.bands)

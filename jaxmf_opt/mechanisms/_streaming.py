@@ -1,34 +1,13 @@
 """Noising matrices as jax-privacy takes them, one step of training after the other."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 _Step = Callable[[Array, Any], tuple[Array, Any]]
-
-
-class Buffers(NamedTuple):
-    """What a training needs to correlate its noise.
-
-    The strategy has the coefficients `c_0 = 1` and
-    `c_t = sum_i output_scale[i] * buf_decay[i] ** (t - 1)`.
-    Its inverse has coefficients of the same form.
-
-    Attributes:
-      buf_decay: The decay of each buffer of the strategy, decreasing, in (0, 1); shape
-        (num_buffers,).
-      output_scale: The weights of the buffers, positive.
-      inv_buf_decay: The same of the inverse; the decays of both interlace.
-      inv_output_scale: The weights of the buffers of the inverse, negative.
-    """
-
-    buf_decay: Float[Array, " num_buffers"]
-    output_scale: Float[Array, " num_buffers"]
-    inv_buf_decay: Float[Array, " num_buffers"]
-    inv_output_scale: Float[Array, " num_buffers"]
 
 
 def by_recursion(coef: Float[Array, " bands"], feedback: Float[Array, " kept"]) -> Any:
@@ -51,16 +30,19 @@ def by_recursion(coef: Float[Array, " bands"], feedback: Float[Array, " kept"]) 
     return _streaming_matrix(init, step)
 
 
-def by_buffers(buffers: Buffers, scale: Float[Array, ""]) -> Any:
-    """A multiple of the inverse of a BLT. Its state are the buffers."""
+def by_buffers(
+    decays: Float[Array, " buffers"],
+    weights: Float[Array, " buffers"],
+    scale: Float[Array, ""],
+) -> Any:
+    """A multiple of a BLT of such buffers. Its state are they."""
 
     def init(like: Any) -> Array:
-        return jnp.zeros((buffers.inv_buf_decay.size, *like.shape), like.dtype)
+        return jnp.zeros((decays.size, *like.shape), like.dtype)
 
     def step(z: Array, state: Array) -> tuple[Array, Array]:
-        y = z + _weighted(buffers.inv_output_scale, state)
-        decay = buffers.inv_buf_decay.astype(z.dtype)
-        decay = decay.reshape(-1, *(1,) * z.ndim)
+        y = z + _weighted(weights, state)
+        decay = decays.astype(z.dtype).reshape(-1, *(1,) * z.ndim)
         return scale.astype(z.dtype) * y, decay * state + z
 
     return _streaming_matrix(init, step)
@@ -110,13 +92,4 @@ def _streaming_matrix(init: Callable[[Any], Any], step: _Step) -> Any:
             "'jaxmf_opt[privacy]'"
         ) from e
 
-    def multiply_next(value: Any, state: Any) -> tuple[Any, Any]:
-        leaves, treedef = jax.tree.flatten(value)
-        stepped = [
-            step(x, s)
-            for x, s in zip(leaves, treedef.flatten_up_to(state), strict=True)
-        ]
-        ys, states = zip(*stepped, strict=True)
-        return treedef.unflatten(ys), treedef.unflatten(states)
-
-    return StreamingMatrix(lambda like: jax.tree.map(init, like), multiply_next)
+    return StreamingMatrix.from_array_implementation(init, step)

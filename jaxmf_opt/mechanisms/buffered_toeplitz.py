@@ -13,7 +13,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -32,7 +32,27 @@ from ._setup import (
     check_static_count,
     check_vector,
 )
-from ._streaming import Buffers
+
+
+class Buffers(NamedTuple):
+    """What a training needs to correlate its noise.
+
+    The strategy has the coefficients `c_0 = 1` and
+    `c_t = sum_i output_scale[i] * buf_decay[i] ** (t - 1)`.
+    Its inverse has coefficients of the same form.
+
+    Attributes:
+      buf_decay: The decay of each buffer of the strategy, decreasing, in (0, 1); shape
+        (num_buffers,).
+      output_scale: The weights of the buffers, positive.
+      inv_buf_decay: The same of the inverse; the decays of both interlace.
+      inv_output_scale: The weights of the buffers of the inverse, negative.
+    """
+
+    buf_decay: Float[Array, " num_buffers"]
+    output_scale: Float[Array, " num_buffers"]
+    inv_buf_decay: Float[Array, " num_buffers"]
+    inv_output_scale: Float[Array, " num_buffers"]
 
 
 class BufferedToeplitz(ToeplitzMechanism):
@@ -194,7 +214,8 @@ class BufferedToeplitz(ToeplitzMechanism):
         return self._one_and_sum(rates.inverse_weights(), rates.inverse)
 
     def _streaming_matrix(self, params: Array, scale: Array) -> Any:
-        return _streaming.by_buffers(self.buffers(params), scale)
+        of = self.buffers(params)
+        return _streaming.by_buffers(of.inv_buf_decay, of.inv_output_scale, scale)
 
     def _one_and_sum(self, weights: Array, rates: Array) -> Array:
         later = _exponentials(weights, rates, self.max_n)[:-1]

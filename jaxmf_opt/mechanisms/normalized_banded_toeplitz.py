@@ -95,21 +95,6 @@ class NormalizedBandedToeplitz(BandedToeplitz):
         )
         self.valid = requirements.valid
 
-    def per_query_error(self, params: Vector) -> Float[Array, " max_n"]:
-        """The expected squared error of the model after each step, for unit noise.
-
-        Args:
-          params: The parameters of the mechanism.
-
-        Returns:
-          The errors, 0 from `n` on. NaN where the set-up is impossible.
-
-        Raises:
-          TypeError: If `params` are no real numbers.
-          ValueError: If there are too many or too few.
-        """
-        return self._or_nan(self._errors(self._check_params(params)))
-
     def column_norms(self, params: Vector) -> Float[Array, " max_n"]:
         """The norms of the columns of the Toeplitz strategy, which are scaled to 1.
 
@@ -131,9 +116,7 @@ class NormalizedBandedToeplitz(BandedToeplitz):
         return jnp.where(self._inside, jnp.sqrt(squares[rows - 1]), 0.0)
 
     def _squared_error(self, params: Array) -> Array:
-        errors = self._errors(params)
-        mean = jnp.sum(errors) / jnp.asarray(self.n, errors.dtype)
-        return jnp.where(self.max_error, jnp.max(errors), mean)
+        return self._mean_or_largest(self._errors(params))
 
     def _errors(self, params: Array) -> Array:
         """The squared norms of the rows of `B = A D C^{-1}`, 0 from n on.
