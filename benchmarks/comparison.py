@@ -1,11 +1,15 @@
 """Which solver is best at what? One table, of this library and of all its neighbours.
 
 CUTEst: the 126 unconstrained problems of sif2jax 0.0.8 with up to 200 variables, 1,000
-steps each, to gradients of 1e-5.
+steps each. Each solver stops by a criterion of its own, at 1e-5: the largest element of
+the gradient (this library, jax-privacy by a callback, SciPy), its norm (optax, jaxopt),
+or the Cauchy criterion (optimistix). `ROBUST_OPTIMIZER` was chosen with sight of these
+problems; `benchmarks.heldout` has others.
 
 * solved: the largest element of the gradient is at most 1e-5 max(1, |f|), or the loss
   is within 1e-8, relatively, of the least that any solver of the run has found.
-* wrongly said: on how many of the others a solver says that it has converged.
+* false convergence: on how many of the others a solver says that it has converged.
+  (jax-privacy does not say.)
 * evaluations: executions of the loss, over the least that any solver needed; the median
   of all problems, an unsolved one counting as infinite.
 
@@ -24,7 +28,7 @@ that was found. Numbers are those of the fastest such tolerance.
 
 `python -m benchmarks.comparison` takes about half an hour and writes a JSON file and
 pictures into `out/`; `--quick` takes the first three problems of each kind. `--show
-FILE` prints the table of such a file; that in the README is of
+FILE` prints the table of such a file; that in `README.md` here is of
 `benchmarks/comparison.json`.
 """
 
@@ -72,7 +76,7 @@ class End(NamedTuple):
     """How a solver has ended."""
 
     point: np.ndarray
-    says: bool
+    says: bool | None
     evaluations: int
 
 
@@ -101,7 +105,7 @@ def counted_end(peer: Peer, problem: Problem, tol: float, **options: Any) -> End
     point, says = call(problem.start, problem.hyperparam, tol)
     point = np.asarray(point)
     jax.effects_barrier()
-    return End(point, bool(says), count)
+    return End(point, None if says is None else bool(says), count)
 
 
 def attempt(call: Callable[[], Any]) -> Any:

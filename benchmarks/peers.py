@@ -20,7 +20,8 @@ from jaxmf_opt import DEFAULT_OPTIMIZER, ROBUST_OPTIMIZER
 Loss = Callable[[Any, Any], Any]
 
 # What a solver is called with: the loss, where to start, the hyperparameter, the
-# tolerance, the number of steps. It gives the point, and whether it has converged.
+# tolerance, the number of steps. It gives the point, and whether it has converged, or
+# None if it does not say.
 Solver = Callable[[Loss, Any, Any, Any, int], tuple[Any, Any]]
 
 
@@ -58,10 +59,7 @@ def ours(optimizer: Any, tolerance: str = "gtol") -> Solver:
 def _jax_privacy(
     loss: Loss, start: Any, hyperparam: Any, tol: Any, steps: int
 ) -> tuple[Any, Any]:
-    small = jnp.array(False)
-
     def callback(info: upstream.CallbackArgs) -> Any:
-        nonlocal small
         small = jnp.abs(jnp.asarray(info.grad)).max() <= tol
         # A traced value cannot end a loop of Python, which then takes all its steps.
         return not isinstance(small, Tracer) and bool(small)
@@ -72,13 +70,13 @@ def _jax_privacy(
         max_optimizer_steps=steps,
         callback=callback,
     )
-    return end, small
+    return end, None
 
 
 def _optax(
     loss: Loss, start: Any, hyperparam: Any, tol: Any, steps: int
 ) -> tuple[Any, Any]:
-    """L-BFGS in a loop, as optax's documentation shows it."""
+    """L-BFGS in a loop, as optax's documentation shows it, compiled."""
     optimizer = optax.lbfgs()
 
     def of_params(y: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 
@@ -26,7 +26,7 @@ def ratios(results: Mapping[str, Any], key: str) -> dict[str, list[float]]:
 
 
 COLUMNS = (
-    *("CUTEst solved", "wrongly said", "evaluations"),
+    *("CUTEst solved", "false convergence", "evaluations"),
     *("DP-MF solved", "evaluations", "cold", "warm"),
     *("64 lanes [ms]", "derivative", "[ms]"),
 )
@@ -35,13 +35,9 @@ COLUMNS = (
 def rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """The cells of the table, the best of each column in bold."""
     cutest, made = results["cutest"], results["mechanisms"]
+    of_first = of_cutest(cutest)
     columns: list[dict[str, Any]] = [
-        {k: sum(r["solved"] for r in of.values()) for k, of in cutest.items()},
-        {
-            k: sum(r.get("says", False) and not r["solved"] for r in of.values())
-            for k, of in cutest.items()
-        },
-        _medians(cutest, "evaluations"),
+        *({k: ends[i] for k, ends in of_first.items()} for i in range(3)),
         {k: sum(r["solved"] for r in of.values()) for k, of in made.items()},
         *(_medians(made, key) for key in ("evaluations", "cold", "warm")),
         {k: r.get("ms", r.get("raised")) for k, r in results["batch"].items()},
@@ -64,6 +60,27 @@ def rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
         if results["derivative"][solver].get("mode") == "forward":
             cells[-2] += " (forward)"
         yield [f"`{solver}`" if solver.isupper() else solver, *cells]
+
+
+def of_cutest(results: Mapping[str, Any]) -> dict[str, tuple[int, float, float]]:
+    """For each solver: how many are solved, falsely said to be, median evaluations."""
+    evaluations = _medians(results, "evaluations")
+    return {
+        name: (
+            sum(r["solved"] for r in ends.values()),
+            _false_convergence(ends.values()),
+            evaluations[name],
+        )
+        for name, ends in results.items()
+    }
+
+
+def _false_convergence(ends: Collection[Mapping[str, Any]]) -> float:
+    """On how many problems; NaN for a solver that never says whether it converged."""
+    says = [r.get("says", False) for r in ends]
+    if None in says:
+        return math.nan
+    return sum(s and not r["solved"] for s, r in zip(says, ends, strict=True))
 
 
 def _medians(results: Mapping[str, Any], key: str) -> dict[str, float]:
