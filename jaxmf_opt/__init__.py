@@ -12,6 +12,7 @@ from . import sweeps as sweeps
 from ._jax.x64 import jax_enable_x64 as jax_enable_x64
 from ._optimize import optimize as optimize
 from ._solve import solve as solve
+from ._solver.adjoint import MinimumNormAdjoint as MinimumNormAdjoint
 from ._solver.minimiser import LeanOptaxMinimiser as LeanOptaxMinimiser
 from ._solver.optimizers import DEFAULT_OPTIMIZER as DEFAULT_OPTIMIZER
 from ._solver.solution import Solution as Solution

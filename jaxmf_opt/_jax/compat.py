@@ -4,6 +4,7 @@ Nothing else in the package imports it from there. Each name says what it is for
 happens where it has moved, and which test notices.
 """
 
+import functools
 import warnings
 
 import equinox.internal as eqxi
@@ -65,6 +66,12 @@ except ImportError:
 # The arrays that a function closes over, as leaves of a pytree. It has no public name
 # in equinox; the import fails without it. tests/_solver/test_optimizers.py
 closure_to_pytree = eqxi.closure_to_pytree
+
+# What an adjoint gives to a minimiser of optimistix, and what raises where iterates are
+# about to be differentiated. They have no public names in equinox; the import fails
+# without them. tests/_solver/test_adjoint.py
+lax_while_loop = functools.partial(eqxi.while_loop, kind="lax")
+nondifferentiable = eqxi.nondifferentiable
 
 # Batched LAPACK kernels of these releases can wait for ever. tests/_jax/test_lapack.py
 LAPACK_CAN_HANG = jaxlib.version.__version_info__ < (0, 12)

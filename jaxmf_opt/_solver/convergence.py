@@ -44,7 +44,7 @@ def meets_tolerance(
     def small(difference: PyTree, of: PyTree) -> Bool[Array, ""]:
         return norm(jax.tree.map(ratio, difference, of)) < 1
 
-    eps = jnp.finfo(loss.dtype).eps
+    eps = float(jnp.finfo(loss.dtype).eps)
     # (A loss that goes to 0 halves for ever; not so on the scale of its start.)
     scale = jnp.maximum(jnp.abs(loss), eps * size_of_loss(loss, first_loss))
     cauchy = small(last.update, y) & small(loss - last.loss, scale)
@@ -53,7 +53,8 @@ def meets_tolerance(
     is_minimum &= slope <= jnp.maximum(eps ** (1 / 3), rtol)
     # A step that jumps into the minimum is not small, and is the last that moves.
     slope = jnp.maximum(slope, optx.max_norm(grad) / jnp.maximum(jnp.abs(loss), 1))
-    is_minimum |= slope <= jnp.where((rtol > 0) | (atol > 0), 64 * eps, 0)
+    tiny = min(64 * eps, eps**0.5)
+    is_minimum |= slope <= jnp.where((rtol > 0) | (atol > 0), tiny, 0)
     return is_minimum | (norm(grad) <= gtol)
 
 
@@ -72,7 +73,7 @@ def _is_close(
     curvature = squared_change / _dot(last.update, change)
     distance = jnp.sqrt(squared_grad) / curvature
     size = jnp.sqrt(_squared_norm(y))
-    eps = jnp.finfo(size.dtype).eps
+    eps = float(jnp.finfo(size.dtype).eps)
     elements = sum(x.size for x in jax.tree.leaves(y))
     allowed = jnp.maximum(rtol, eps**0.5) * size + atol * elements**0.5
     # The change of a gradient must be more than its rounding.
@@ -104,7 +105,7 @@ def relative_gradient(
     def relative(g: Array, x: Array) -> Array:
         return jnp.abs(g) * jnp.maximum(jnp.abs(x), jnp.where(of_y > 0, of_y, 1.0))
 
-    rounding = jnp.finfo(loss.dtype).eps ** 0.5 * jnp.abs(loss)
+    rounding = float(jnp.finfo(loss.dtype).eps) ** 0.5 * jnp.abs(loss)
     has_changed = jnp.abs(loss - first_loss) > rounding
     of_y = jnp.where(has_changed, jnp.minimum(optx.max_norm(y), 1.0), 1.0)
     slope = optx.max_norm(jax.tree.map(relative, grad, y))

@@ -33,6 +33,9 @@ RCOND = 1e-13
 # Up to this condition a matrix, scaled like that, is regular, and simply inverted.
 _REGULAR = 1e10
 
+# A matrix in float32 whose condition is above this may be singular but for rounding.
+_REGULAR_IN_FLOAT32 = 1e4
+
 
 def as_matrix(product: Callable[[Array], Array], n: int) -> Float[Array, "n n"]:
     """The matrix of a linear function, some columns at a time."""
@@ -57,7 +60,8 @@ def group_inverse(
       symmetric: Whether the matrix is symmetric.
 
     Returns:
-      Its group inverse; NaN if the matrix is not finite.
+      Its group inverse, in the dtype of the matrix; NaN if the matrix is not finite, or
+      not in float64 and so ill-conditioned that it cannot be told from a singular one.
     """
     inverse = functools.partial(_group_inverse, symmetric=symmetric)
     return x64_region(
@@ -68,12 +72,15 @@ def group_inverse(
 def _group_inverse(
     matrix: Float[Array, "n n"], null: Float[Array, " n"], *, symmetric: bool
 ) -> Float[Array, "n n"]:
+    dtype = matrix.dtype
+    matrix, null = matrix.astype(float), null.astype(float)
     # Without the barrier XLA's CPU backend fuses an FFT's transposed output into the
     # factorisation, and then fails on its layout.
     matrix = jax.lax.optimization_barrier(matrix)
-    matrix = without_null(without_null(matrix, null).T, null).T
     # A variable that is in nothing is singular by itself.
     absent = jnp.all(matrix == 0, axis=0) & jnp.all(matrix == 0, axis=1)
+    null = unit(jnp.where(absent, 0.0, null))
+    matrix = without_null(without_null(matrix, null).T, null).T
     matrix = matrix + jnp.diag(jnp.where(absent, 1.0, 0.0))
     rows, columns = _equilibrate(matrix)
     if symmetric:
@@ -81,18 +88,21 @@ def _group_inverse(
     scaled = rows[:, None] * matrix * columns[None, :]
     # What is known to be null is made regular, in units in which all rows are alike: in
     # others it would outweigh the rows of some variables.
-    along = null / columns
-    along /= jnp.where(jnp.any(along != 0), jnp.linalg.norm(along), 1.0)
+    along = unit(null / columns)
     regular = scaled + jnp.tensordot(along, along, axes=0)
     inverse = _inverse(regular, definite=symmetric)
     condition = _norm_1(regular) * _norm_1(inverse)
-    inverse = jax.lax.cond(
-        condition <= _REGULAR,
-        lambda: columns[:, None] * inverse * rows[None, :],
-        lambda: _inverse_on_range(scaled, rows, columns, symmetric),
-    )
+    in_units = columns[:, None] * inverse * rows[None, :]
+    if dtype == jnp.float64:
+        inverse = jax.lax.cond(
+            condition <= _REGULAR,
+            lambda: in_units,
+            lambda: _inverse_on_range(scaled, rows, columns, symmetric),
+        )
+    else:
+        inverse = jnp.where(condition <= _REGULAR_IN_FLOAT32, in_units, jnp.nan)
     inverse = without_null(without_null(inverse, null).T, null).T
-    return jnp.where(absent[:, None] | absent[None, :], 0.0, inverse)
+    return jnp.where(absent[:, None] | absent[None, :], 0.0, inverse).astype(dtype)
 
 
 def _inverse_on_range(
@@ -143,6 +153,11 @@ def without_null(x: Array, null: Float[Array, " n"]) -> Array:
     return x - jnp.tensordot(null, null @ x, axes=0)
 
 
+def unit(v: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The vector with length 1, or zeros."""
+    return v / jnp.where(jnp.any(v != 0), jnp.linalg.norm(v), 1.0)
+
+
 def _unit_columns(x: Float[Array, "n n"]) -> Float[Array, "n n"]:
     length = jnp.linalg.norm(x, axis=0, keepdims=True)
     return x / jnp.where(length > 0, length, 1.0)
@@ -179,7 +194,7 @@ def _tangent_of_group_inverse(
     # Golub and Pereyra, https://doi.org/10.1137/0710036, for the pseudo-inverse; Meyer
     # and Stewart, https://doi.org/10.1137/0725031, for the group inverse.
     def tangent(a: Array, null: Array, s: Array, da: Array) -> Array:
-        outside = jnp.eye(a.shape[0]) - without_null(a @ s, null)
+        outside = jnp.eye(a.shape[0], dtype=a.dtype) - without_null(a @ s, null)
         square = s @ s
         return -s @ da @ s + square @ da @ outside + outside @ da @ square
 

@@ -17,7 +17,7 @@ function of the minimum that does not depend on the scale either.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
@@ -87,6 +87,26 @@ def solve_in_program(
     return eqx.tree_at(lambda s: s.value, solution, value)
 
 
+class HasGradient(Protocol):
+    """A loss of which only the gradient is needed.
+
+    Attributes:
+      has_grad: Whether the gradient is the user's, so that its Jacobian need not be
+        symmetric.
+      reverse_only: Whether it has no forward-mode derivative.
+    """
+
+    @property
+    def has_grad(self) -> bool: ...
+
+    @property
+    def reverse_only(self) -> bool: ...
+
+    def gradient(self, y: PyTree, captured: Any, /) -> PyTree:
+        """The gradient, in the structure of `y`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _TangentOfSolve:
     """How a solution moves: its value does, with what the loss captures.
@@ -117,7 +137,7 @@ class _TangentOfSolve:
 
 
 def tangent_of_minimum(
-    program: Program,
+    program: "HasGradient",
     y: PyTree,
     captured: Sequence[Array],
     moves: Sequence[Array | None],
@@ -127,7 +147,7 @@ def tangent_of_minimum(
 
     Args:
       program: The loss.
-      y: Its minimum, float64 leaves.
+      y: Its minimum.
       captured: What it closes over.
       moves: The tangents of `captured`; None for those that have none.
       linear_solver: For the linear system; None chooses by size.
@@ -155,16 +175,20 @@ def tangent_of_minimum(
     # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
     symmetric = not program.has_grad
     point = (flat, list(captured))
-    null = jnp.zeros_like(flat)
+    null, minimum = jnp.zeros_like(flat), None
     if symmetric:
-        of_y = (flat, gradient(flat, captured), product(point, flat))
+        minimum = (flat, gradient(flat, captured))
+        of_y = (*minimum, product(point, flat))
         null = _null_vector(*jax.lax.stop_gradient(of_y))
     if linear_solver is None and flat.size <= DIRECT_SIZE:
         derivative = linearize(lambda x: gradient(x, captured), flat)
         matrix = as_matrix(derivative, flat.size)
+        if minimum is not None and flat.dtype != jnp.float64:
+            known = _null_of_matrix(*jax.lax.stop_gradient((matrix, *minimum)))
+            null = jnp.where(jnp.any(null != 0), null, known)
         return unravel(-group_inverse(matrix, null, symmetric) @ rhs)
-    system = MatrixFree(product, symmetric, linear_solver)
-    return unravel(-system.solve(point, null, rhs, flat if symmetric else None))
+    system = MatrixFree(product, symmetric, linear_solver, flat.dtype)
+    return unravel(-system.solve(point, null, rhs, minimum))
 
 
 def _null_vector(
@@ -192,6 +216,18 @@ def _null_vector(
     is_free &= jnp.abs(jnp.sum(slopes)) <= 1e-3 * jnp.sum(size)
     length = jnp.linalg.norm(y)
     return jnp.where(is_free, y / jnp.where(is_free, length, 1.0), 0.0)
+
+
+def _null_of_matrix(
+    matrix: Float[Array, "n n"], y: Float[Array, " n"], gradient: Float[Array, " n"]
+) -> Float[Array, " n"]:
+    """The same of a whole matrix, for float32, in which a gradient is mostly rounding.
+
+    The bound is one for each element, so that it holds in all units.
+    """
+    moved, most = jnp.abs(matrix @ y + gradient), jnp.abs(matrix) @ jnp.abs(y)
+    is_null = jnp.all(moved <= 1e-5 * most) & jnp.any(y != 0)
+    return jnp.where(is_null, y / jnp.linalg.norm(jnp.where(is_null, y, 1.0)), 0.0)
 
 
 def _linearize(fn: Callable[[PyTree], Array], x: PyTree) -> Callable[[PyTree], Array]:

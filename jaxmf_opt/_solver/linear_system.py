@@ -16,12 +16,26 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._jax.region import x64_region
-from .group_inverse import RCOND, without_null
+from .group_inverse import RCOND, unit, without_null
 
-# How well an iterative solver has to solve: the residual over the right-hand side, or
-# over the size of the matrix times that of the solution, which is rounding.
-_RTOL = 1e-12
-_BACKWARD = 4e-15
+
+class _Accuracy(NamedTuple):
+    """What rounding in products allows.
+
+    Attributes:
+      rtol: How well an iterative solver has to solve: the residual over the right-hand
+        side ...
+      backward: ... or over the size of the matrix times that of the solution.
+      rcond: A product below this part of the matrix's size is 0.
+    """
+
+    rtol: float
+    backward: float
+    rcond: float
+
+
+_FLOAT64 = _Accuracy(1e-12, 4e-15, RCOND)
+_FLOAT32 = _Accuracy(1e-5, 2e-6, 1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +47,25 @@ class MatrixFree:
       symmetric: Whether `A` is.
       solver: Solves, given an operator and a right-hand side; None for the default,
         conjugate gradients and where they fail LSMR.
+      dtype: That of the products. If it is not float64, `A` has to be regular, but for
+        what is known to be null, since more cannot be seen of it.
     """
 
     product: Callable[[Any, Array], Array]
     symmetric: bool
     solver: lx.AbstractLinearSolver | None
+    dtype: Any = jnp.float64
+
+    @property
+    def _accuracy(self) -> _Accuracy:
+        return _FLOAT64 if self.dtype == jnp.float64 else _FLOAT32
 
     def solve(
         self,
         point: PyTree,
         null: Float[Array, " n"],
         b: Float[Array, " n"],
-        y: Float[Array, " n"] | None = None,
+        minimum: tuple[Float[Array, " n"], Float[Array, " n"]] | None = None,
     ) -> Float[Array, " n"]:
         """`A# b`, or NaN where it was not reached.
 
@@ -52,38 +73,48 @@ class MatrixFree:
           point: Where `A` is.
           null: As in `group_inverse`.
           b: The right-hand side.
-          y: A vector that may be in the null space of a symmetric `A`.
+          minimum: The minimum at which `A` is the Hessian, and the gradient there, of
+            a loss that may not depend on its scale.
 
         Returns:
           The solution, differentiable in `point` and `b`.
         """
-        known = self._look(*jax.lax.stop_gradient((point, null, y)), b.size)
+        known = self._look(*jax.lax.stop_gradient((point, null, minimum)), b.size)
         return self._solve(_At(point, jax.lax.stop_gradient(known)), b)
 
-    def _look(self, point: PyTree, null: Array, y: Array | None, n: int) -> "_Known":
+    def _look(
+        self, point: PyTree, null: Array, minimum: tuple[Array, Array] | None, n: int
+    ) -> "_Known":
         # A masked parameter has a gradient of 0 wherever it is. A row is seen to be 0
         # by its product with any vector that is orthogonal to no other row.
         mask = jnp.where(self.product(point, _random(n)) == 0, 0.0, 1.0)
         product = lambda v: mask * self.product(point, mask * v)  # noqa: E731
-        if y is not None:
-            length = jnp.linalg.norm(y)
-            limit = RCOND * _norm_of(product, n) * length
-            is_null = jnp.linalg.norm(product(y)) <= limit
-            is_null &= (length > 0) & jnp.all(null == 0)
-            null = jnp.where(is_null, y / jnp.where(length > 0, length, 1.0), null)
+        null = unit(mask * null)
         units, is_scaled = _units(product, n)
-        size = _norm_of(lambda v: units * product(units * v), n)
+        scaled = lambda v: units * product(units * v)  # noqa: E731
+        size = _norm_of(scaled, n)
+        if minimum is not None:
+            # (Of such a loss this is 0 at every `y`.)
+            y, gradient = minimum
+            moved = scaled(y / units) + units * mask * gradient
+            limit = self._accuracy.rcond * size * jnp.linalg.norm(y / units)
+            is_null = jnp.linalg.norm(moved) <= limit
+            null = jnp.where(is_null & jnp.all(null == 0), unit(mask * y), null)
         return _Known(mask, null, units, is_scaled, size)
 
     def _multiply(self, at: "_At", v: Array) -> Array:
         """The product, without what is masked."""
         mask = at.known.mask
-        return mask * self.product(at.point, mask * v)
+        moved = self.product(at.point, (mask * v).astype(self.dtype))
+        return mask * moved.astype(v.dtype)
 
     def _solve(self, at: "_At", b: Array) -> Array:
         return x64_region(self._apply, at, b, may_close=False, tangent=self._tangent)
 
     def _apply(self, at: "_At", b: Array) -> Array:
+        floats = lambda x: x.astype(float) if eqx.is_inexact_array(x) else x  # noqa: E731
+        at = at._replace(known=jax.tree.map(floats, at.known))
+
         def project(v: Array) -> Array:
             return without_null(v, at.known.null)
 
@@ -93,7 +124,9 @@ class MatrixFree:
         def solve(product: Callable[[Array], Array], b: Array) -> Array:
             return project(self._solve_scaled(product, at.known, project(b)))
 
-        return jax.lax.custom_linear_solve(product, b, solve, solve, self.symmetric)
+        rhs = b.astype(float)
+        x = jax.lax.custom_linear_solve(product, rhs, solve, solve, self.symmetric)
+        return x.astype(b.dtype)
 
     def _tangent(self, at: "_At", b: Array, x: Array, dots: Any) -> Array:
         """As that of `group_inverse`, without the matrix."""
@@ -136,8 +169,7 @@ class MatrixFree:
         """The solution, in units in which all rows of the matrix are alike."""
         units, is_scaled = known.units, known.is_scaled
         # What is known to be null is made regular.
-        null = units * known.null
-        null /= jnp.where(jnp.any(null != 0), jnp.linalg.norm(null), 1.0)
+        null = unit(units * known.null)
 
         def scaled(v: Array) -> Array:
             regular = (1 - known.mask) * v + null * (null @ v)
@@ -148,8 +180,10 @@ class MatrixFree:
         # those of the variables it must be in the range, and not out of proportion; the
         # system need not be solved as exactly, and cannot be if `x` is off by rounding.
         probe = _random(b.size)
-
-        rtols = jnp.stack([_RTOL, jnp.where(is_scaled, _RTOL, 1e-5)])
+        if self.dtype != jnp.float64:
+            is_scaled = jnp.array(True)
+        rtol = self._accuracy.rtol
+        rtols = jnp.stack([rtol, jnp.where(is_scaled, rtol, 1e-5)])
 
         def solve_and_check(
             rhs: Array, rtol: Array
@@ -174,7 +208,7 @@ class MatrixFree:
             rtol = jnp.maximum(10 * own, rtol)
             atol = 10 * b.size**0.5 * jnp.asarray(atol, float)
             x = _compute(self.solver, product, b, self.symmetric)
-            is_solved = _is_solved(product, size, x, b - product(x), b, rtol, atol)
+            is_solved = self._is_solved(product, size, x, b - product(x), b, rtol, atol)
             return jnp.where(is_solved, x, jnp.nan)
 
         def solve(
@@ -191,7 +225,7 @@ class MatrixFree:
                 is_no_worse = jnp.linalg.norm(rest) <= 1.01 * jnp.linalg.norm(at.rest)
                 x = jnp.where(is_no_worse, at.x + move, at.x)
                 rest = jnp.where(is_no_worse, rest, at.rest)
-                is_solved = _is_solved(product, size, x, rest, b, rtol)
+                is_solved = self._is_solved(product, size, x, rest, b, rtol)
                 return _Approximation(x, jnp.where(is_solved, 0.0, rest))
 
             return jax.lax.fori_loop(0, turns, once, at)
@@ -201,7 +235,8 @@ class MatrixFree:
             # Conjugate gradients that go on where rounding lets them get no further
             # drift off, along a null space above all. A part of the way at a time they
             # never come there.
-            cg = lambda b: jsl.cg(product, b, tol=1e-7, maxiter=10 * b.size)[0]  # noqa: E731
+            tol = max(1e-7, 0.01 * self._accuracy.rtol)
+            cg = lambda b: jsl.cg(product, b, tol=tol, maxiter=10 * b.size)[0]  # noqa: E731
             at = solve(cg, 3, 0.01 * rtol, at)
         # (Of 0 the solution is known at once. LSMR measures by an estimate of the
         # matrix's size that is up to n**0.5 times too large; its own estimate of the
@@ -210,6 +245,24 @@ class MatrixFree:
         lsmr = lx.LSMR(rtol=1e-17, atol=0.0, conlim=1 / RCOND, max_steps=10 * b.size)
         at = solve(lambda b: _compute(lsmr, product, b, symmetric=False), 2, rtol, at)
         return jnp.where(jnp.all(at.rest == 0), at.x, jnp.nan)
+
+    def _is_solved(
+        self,
+        product: Callable[[Array], Array],
+        size: Array,
+        x: Array,
+        rest: Array,
+        b: Array,
+        rtol: Any,
+        atol: Any = 0.0,
+    ) -> Bool[Array, ""]:
+        """Whether a residual is small, or rounding, or outside of the range."""
+        left = jnp.linalg.norm(rest)
+        allowed = rtol * jnp.linalg.norm(b) + atol
+        backward = self._accuracy.backward
+        allowed = jnp.maximum(allowed, backward * size * jnp.linalg.norm(x))
+        slope = jnp.linalg.norm(jax.linear_transpose(product, x)(rest)[0])
+        return (left <= allowed) | (slope <= (rtol + backward) * size * left)
 
 
 class _Approximation(NamedTuple):
@@ -274,23 +327,6 @@ def _compute(
     tags = lx.positive_semidefinite_tag if symmetric else frozenset()
     operator = lx.FunctionLinearOperator(product, jax.typeof(b), tags)
     return solver.compute(solver.init(operator, {}), b, {})[0]
-
-
-def _is_solved(
-    product: Callable[[Array], Array],
-    size: Array,
-    x: Array,
-    rest: Array,
-    b: Array,
-    rtol: Any,
-    atol: Any = 0.0,
-) -> Bool[Array, ""]:
-    """Whether a residual is small, or rounding, or outside of the matrix's range."""
-    left = jnp.linalg.norm(rest)
-    allowed = rtol * jnp.linalg.norm(b) + atol
-    allowed = jnp.maximum(allowed, _BACKWARD * size * jnp.linalg.norm(x))
-    slope = jnp.linalg.norm(jax.linear_transpose(product, x)(rest)[0])
-    return (left <= allowed) | (slope <= (rtol + _BACKWARD) * size * left)
 
 
 def _norm_of(product: Callable[[Array], Array], n: int) -> Array:

@@ -332,10 +332,11 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         )
         is_searching = False
 
-        def shown_fn(y: Y) -> Scalar:
+        def shown_fn(trial: Y) -> Scalar:
             nonlocal is_searching
             is_searching = True
-            return select_if_batched(active, fn(y, args)[0], jnp.zeros_like(loss))
+            trial = _in_dtypes_of(y, trial)
+            return select_if_batched(active, fn(trial, args)[0], jnp.zeros_like(loss))
 
         with as_optax_expects():
             update, opt_state = self.optim.update(
@@ -346,6 +347,9 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
                 grad=shown_grad,
                 value_fn=shown_fn,
             )
+        # (With parameters in float32 in a float64 program, optax returns both.)
+        update = _in_dtypes_of(zeros, update)
+        opt_state = _in_dtypes_of(shown_state, opt_state)
         opt_state, evaluations = count_trials(
             shown_state, opt_state, is_searching=is_searching
         )
@@ -359,6 +363,16 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         elif stop_if_stalled and self._is_default:
             stalled = default_stands_still(y, loss, grad, update, opt_state)
         return _Move(new_y, update, opt_state, stalled, evaluations)
+
+
+def _in_dtypes_of(like: PyTree, tree: PyTree) -> Any:
+    """The arrays of a tree in the dtypes of those of another."""
+
+    def cast(x: Any, like: Any) -> Any:
+        is_other = eqx.is_inexact_array(x) and x.dtype != like.dtype
+        return x.astype(like.dtype) if is_other else x
+
+    return jax.tree.map(cast, tree, like)
 
 
 class _Move(NamedTuple):

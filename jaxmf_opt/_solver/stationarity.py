@@ -95,7 +95,8 @@ def stalled_at_minimum(
     """
     y, state = end.params, end.minimiser
     steepness = relative_gradient(y, state.loss, state.grad, state.first_loss)
-    is_flat = state.stalled & (steepness <= jnp.finfo(steepness.dtype).eps ** (1 / 3))
+    eps = float(jnp.finfo(steepness.dtype).eps)
+    is_flat = state.stalled & (steepness <= eps ** (1 / 3))
     flat, unravel = ravel_pytree(y)
     slope, _ = ravel_pytree(state.grad)
     size = jnp.linalg.norm(flat)
@@ -107,9 +108,7 @@ def stalled_at_minimum(
 
     relative = jnp.abs(flat) / size
     directions = jnp.stack([normed(slope), relative * normed(relative * slope)])
-    noise = jnp.finfo(flat.dtype).eps ** 0.75 * size_of_loss(
-        state.loss, state.first_loss
-    )
+    noise = eps**0.75 * size_of_loss(state.loss, state.first_loss)
 
     def goes_on(carry: tuple[Array, Array]) -> Array:
         trial, found = carry
