@@ -49,7 +49,7 @@ def ours(optimizer: Any, tolerance: str = "gtol") -> Solver:
             start,
             optimizer=optimizer,
             max_optimizer_steps=steps,
-            **{tolerance: tol},
+            **{"rtol": 0.0, tolerance: tol},
         )
         return solution.value, solution.result == optx.RESULTS.successful
 

@@ -153,13 +153,14 @@ def judge(
         in_axes=0,
         optimizer=optimizer,
         max_optimizer_steps=500,
-        **tolerance,
+        **{"rtol": 0.0, **tolerance},
     )
     further = sweep(
         loss,
         solution.value,
         data,
         in_axes=0,
+        rtol=0.0,
         optimizer=ROBUST_OPTIMIZER,
         max_optimizer_steps=3000,
     )
@@ -207,7 +208,9 @@ def judge_cutest(problem: Any) -> list[Verdict]:
 
     @jax.jit
     def least(y: Any) -> Any:
-        further = solve(loss, y, optimizer=ROBUST_OPTIMIZER, max_optimizer_steps=3000)
+        further = solve(
+            loss, y, rtol=0.0, optimizer=ROBUST_OPTIMIZER, max_optimizer_steps=3000
+        )
         return further.stats["loss"]
 
     @jax.jit

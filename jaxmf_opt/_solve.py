@@ -52,7 +52,7 @@ def solve(
     grad: bool = False,
     callback: CallbackFnType | None = None,
     optimizer: optax.GradientTransformation = DEFAULT_OPTIMIZER,
-    rtol: Tolerance = 0.0,
+    rtol: Tolerance = 1e-8,
     atol: Tolerance = 0.0,
     gtol: Tolerance = 0.0,
     linear_solver: lx.AbstractLinearSolver[Any] | None = None,
@@ -78,7 +78,10 @@ def solve(
       grad: Whether `loss_fn` returns its gradient too.
       callback: Called after each step.
       optimizer: An optax transformation.
-      rtol: Relative tolerance of the Cauchy criterion.
+      rtol: Relative tolerance of the Cauchy criterion. The default is about the square
+        root of the precision of float64: the loss is flat at its minimum, so that a
+        smaller step does not change it. With all three tolerances at 0 the solve takes
+        the steps of `optimize`.
       atol: Absolute tolerance of the Cauchy criterion.
       gtol: Tolerance for the max-norm of the gradient.
       linear_solver: For the linear system of the derivative.
@@ -108,7 +111,9 @@ def solve(
         own); with `history`, a `History` of arrays of length `max_optimizer_steps`:
         `loss` and `grad_norm` where each step started, and `step_size`, the max-norm
         of what it added to the parameters, NaN for steps that this run has not taken.
-        All are integers and floats of the caller's setting of `jax_enable_x64`.
+        All are integers and floats of the caller's setting of `jax_enable_x64`, in
+        which an integer that is too large is -1 and a float inf; `Solution.loss` is
+        float64.
       * `state`: a `SolverState`, to go on from. Its floats are float64.
       * `aux`: with `has_aux`, what `loss_fn` returns beside the loss at `value`.
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from ._validation import check_positive
 
+__all__ = ["Budget"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
@@ -175,3 +177,7 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def __dir__() -> list[str]:
+    return __all__

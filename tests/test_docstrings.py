@@ -4,13 +4,15 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import pydoc
+import re
 from types import ModuleType
 
 import matplotlib
 import pytest
 
 import jaxmf_opt
-from jaxmf_opt import callbacks, mechanisms, robust, sweeps
+from jaxmf_opt import callbacks, mechanisms, privacy, robust, sweeps
 from jaxmf_opt.mechanisms import workloads
 from jaxmf_opt.sweeps import plots
 
@@ -43,26 +45,26 @@ HANDED_OUT = {
 
 
 def public(module: ModuleType) -> dict[str, object]:
-    """The functions and classes that a package exports, or a module defines."""
-    whose = "jaxmf_opt" if hasattr(module, "__path__") else module.__name__
-    return {
-        f"{module.__name__}.{name}": x
-        for name, x in vars(module).items()
-        if not name.startswith("_")
-        and (inspect.isclass(x) or inspect.isfunction(x))
-        and x.__module__.startswith(whose)
-    }
+    """The functions and classes of a module."""
+    named = {f"{module.__name__}.{n}": getattr(module, n) for n in module.__all__}
+    is_code = lambda x: inspect.isclass(x) or inspect.isfunction(x)  # noqa: E731
+    return {name: x for name, x in named.items() if is_code(x)}
 
 
-PUBLIC = {
-    name: x
-    for module in (jaxmf_opt, callbacks, mechanisms, robust, sweeps, workloads, plots)
-    for name, x in public(module).items()
-}
+PUBLIC_MODULES = (
+    *(jaxmf_opt, callbacks, mechanisms, robust, sweeps),
+    *(privacy, workloads, plots),
+)
+PUBLIC = {name: x for module in PUBLIC_MODULES for name, x in public(module).items()}
 
 
-def test_there_are_many():
-    assert len(PUBLIC) > 40
+@pytest.mark.parametrize("module", PUBLIC_MODULES, ids=lambda m: m.__name__)
+def test_help_and_completion_show_what_is_public(module: ModuleType):
+    shown = [name for name in dir(module) if not name.startswith("_")]
+    assert shown == sorted(module.__all__)
+    text = pydoc.plain(pydoc.render_doc(module))
+    for name in shown:
+        assert re.search(rf"\b{name}\b", text)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -244,6 +244,7 @@ def draw(rng: Rng, problem: Problem) -> Options:
         "max_optimizer_steps": steps,
         "optimizer": optimizer,
         "grad": problem.grad,
+        "rtol": 0.0,
         **tolerances,
     }
     if callback is not None:
@@ -281,6 +282,7 @@ def few_steps(options: Options, rng: Rng) -> Options:
     settings = {**options.settings, "max_optimizer_steps": steps}
     for name in ("rtol", "atol", "gtol"):
         settings.pop(name, None)
+    settings["rtol"] = 0.0
     resume = None if options.resume is None else min(options.resume, steps)
     name = f"{options.name}, {steps} steps"
     return dataclasses.replace(options, name=name, settings=settings, resume=resume)

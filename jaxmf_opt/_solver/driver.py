@@ -232,21 +232,15 @@ def finish(spec: SolveSpec, end: SolverState, limit: Int[Array, ""]) -> Solution
     if state.history is not None:
         floats["history"] = state.history
     stats = {k: _count(spec, n) for k, n in counts.items()}
-    stats |= jax.tree.map(lambda x: _in_range(spec, x), floats)
+    stats |= jax.tree.map(lambda x: x.astype(spec.float_dtype), floats)
     end = SolverState(end.params, state.with_history(None))
     return Solution(last.params, result, None, stats, end, last.loss)
 
 
 def _count(spec: SolveSpec, n: Int[Array, ""]) -> Int[Array, ""]:
-    """In the caller's dtype, or the largest number of it."""
-    return jnp.minimum(n, jnp.iinfo(spec.int_dtype).max).astype(spec.int_dtype)
-
-
-def _in_range(spec: SolveSpec, x: Array) -> Array:
-    """In the caller's dtype; a finite number stays one."""
-    most = jnp.asarray(jnp.finfo(spec.float_dtype).max, x.dtype)
-    x = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
-    return x.astype(spec.float_dtype)
+    """In the caller's dtype, or -1 if it has no such number."""
+    fits = n <= jnp.iinfo(spec.int_dtype).max
+    return jnp.where(fits, n, -1).astype(spec.int_dtype)
 
 
 def first_state(spec: SolveSpec, params: PyTree) -> SolverState:

@@ -17,7 +17,7 @@ function of the minimum that does not depend on the scale either.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -87,6 +87,7 @@ def solve_in_program(
     return eqx.tree_at(lambda s: s.value, solution, value)
 
 
+@runtime_checkable
 class HasGradient(Protocol):
     """A loss of which only the gradient is needed.
 

@@ -39,9 +39,13 @@ class Solution(optx.Solution[Any, Any]):
       stats: Numbers about the run.
       state: A `SolverState`, to go on from.
       loss: The loss at `value`, float64 also where `stats` has it in float32.
+      hyperparam_axes: Of a sweep, where each leaf of its hyperparameters has its lanes.
     """
 
     loss: Any = None
+    hyperparam_axes: tuple[int | None, ...] | None = eqx.field(
+        default=None, static=True
+    )
 
     def __reduce__(self) -> tuple[Any, Any]:
         """All arrays as they are, also in a float32 program."""

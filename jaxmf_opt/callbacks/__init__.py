@@ -3,15 +3,32 @@
 A ready-made callback runs under every transformation, as any callback does.
 """
 
-from ._args import CallbackArgs as CallbackArgs
-from ._args import CallbackFnType as CallbackFnType
-from ._args import Lane as Lane
-from ._args import combine as combine
-from ._args import traced as traced
-from ._ready_made import Checkpoint as Checkpoint
-from ._ready_made import NoProgress as NoProgress
-from ._ready_made import Progress as Progress
-from ._ready_made import Record as Record
-from ._ready_made import Recorder as Recorder
-from ._ready_made import TimeLimit as TimeLimit
-from ._ready_made import small_gradient as small_gradient
+from ._args import CallbackArgs, CallbackFnType, Lane, combine, traced
+from ._ready_made import (
+    Checkpoint,
+    NoProgress,
+    Progress,
+    Record,
+    Recorder,
+    TimeLimit,
+    small_gradient,
+)
+
+__all__ = [
+    "CallbackArgs",
+    "CallbackFnType",
+    "Checkpoint",
+    "Lane",
+    "NoProgress",
+    "Progress",
+    "Record",
+    "Recorder",
+    "TimeLimit",
+    "combine",
+    "small_gradient",
+    "traced",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,15 +15,29 @@ for `optimize`, and what training needs of the parameters that come out.
 Take `ROBUST_OPTIMIZER` for all of them. `save` and `load` keep what comes out in files.
 """
 
-from . import workloads as workloads
-from ._saved import SavedMechanism as SavedMechanism
-from ._saved import load as load
-from ._saved import save as save
-from .banded_inverse_toeplitz import BandedInverseToeplitz as BandedInverseToeplitz
-from .banded_toeplitz import BandedToeplitz as BandedToeplitz
-from .buffered_toeplitz import BufferedToeplitz as BufferedToeplitz
-from .buffered_toeplitz import Buffers as Buffers
-from .dense import Dense as Dense
+from . import workloads
+from ._saved import SavedMechanism, load, save
+from .banded_inverse_toeplitz import BandedInverseToeplitz
+from .banded_toeplitz import BandedToeplitz
+from .buffered_toeplitz import BufferedToeplitz, Buffers
+from .dense import Dense
 from .normalized_banded_toeplitz import (
-    NormalizedBandedToeplitz as NormalizedBandedToeplitz,
+    NormalizedBandedToeplitz,
 )
+
+__all__ = [
+    "BandedInverseToeplitz",
+    "BandedToeplitz",
+    "BufferedToeplitz",
+    "Buffers",
+    "Dense",
+    "NormalizedBandedToeplitz",
+    "SavedMechanism",
+    "load",
+    "save",
+    "workloads",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -27,6 +27,15 @@ from ._setup import (
     check_vector,
 )
 
+__all__ = [
+    "exponential_decay",
+    "linear_cooldown",
+    "matrix",
+    "momentum",
+    "prefix_sum",
+    "weight_decay",
+]
+
 
 def prefix_sum(n: Static) -> Float[Array, " n"]:
     """The workload of plain SGD: the model is the sum of all gradients so far.
@@ -251,3 +260,7 @@ def _check_schedule(
     last = check_number("final", final)
     requirements.add(jnp.isfinite(last), f"`final` must be finite, got {final}.")
     return requirements, n, last
+
+
+def __dir__() -> list[str]:
+    return __all__

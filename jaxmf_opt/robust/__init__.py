@@ -11,16 +11,34 @@ Each transformation remedies one weakness and can be left out on its own::
     scale_by_weak_wolfe_linesearch  the length, which may end on a kink
 """
 
-from ._directions import RescaledState as RescaledState
-from ._directions import RestartState as RestartState
-from ._directions import rescale_variables as rescale_variables
-from ._directions import restart_when_stuck as restart_when_stuck
-from ._directions import short_first_step as short_first_step
-from ._directions import skip_bad_pairs as skip_bad_pairs
-from ._linesearch import SearchProgress as SearchProgress
-from ._linesearch import (
-    scale_by_weak_wolfe_linesearch as scale_by_weak_wolfe_linesearch,
+from ._directions import (
+    RescaledState,
+    RestartState,
+    rescale_variables,
+    restart_when_stuck,
+    short_first_step,
+    skip_bad_pairs,
 )
-from ._optimizer import ROBUST_OPTIMIZER as ROBUST_OPTIMIZER
-from ._optimizer import RobustOptimizer as RobustOptimizer
-from ._optimizer import robust_lbfgs as robust_lbfgs
+from ._linesearch import (
+    SearchProgress,
+    scale_by_weak_wolfe_linesearch,
+)
+from ._optimizer import ROBUST_OPTIMIZER, RobustOptimizer, robust_lbfgs
+
+__all__ = [
+    "ROBUST_OPTIMIZER",
+    "RescaledState",
+    "RestartState",
+    "RobustOptimizer",
+    "SearchProgress",
+    "rescale_variables",
+    "restart_when_stuck",
+    "robust_lbfgs",
+    "scale_by_weak_wolfe_linesearch",
+    "short_first_step",
+    "skip_bad_pairs",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,8 +1,20 @@
 """Many solves as one job, and tables and plots of them."""
 
-from ._collect import SweepInterrupted as SweepInterrupted
-from ._sweep import sweep as sweep
-from ._table import SweepTable as SweepTable
-from ._table import best_lane as best_lane
-from ._table import failed_lanes as failed_lanes
-from ._table import table as table
+from . import plots
+from ._collect import SweepInterrupted
+from ._sweep import sweep
+from ._table import SweepTable, best_lane, failed_lanes, table
+
+__all__ = [
+    "SweepInterrupted",
+    "SweepTable",
+    "best_lane",
+    "failed_lanes",
+    "plots",
+    "sweep",
+    "table",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -74,7 +74,7 @@ def lanes_of(arguments: Sequence[tuple[str, PyTree]], in_axes: Sequence[Any]) ->
     names = ", ".join(f"`{name}`" for name, _ in arguments)
     mapped, shared, sizes = [], [], {}
     for (name, tree), axes in zip(arguments, in_axes, strict=True):
-        every = _axis_of_each_leaf(name, tree, axes)
+        every = axis_of_each_leaf(name, tree, axes)
         paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
         with_lanes, without = [], []
         for (path, leaf), axis in zip(paths, every, strict=True):
@@ -121,7 +121,7 @@ def as_pair(in_axes: Any) -> tuple[Any, Any]:
     )
 
 
-def _axis_of_each_leaf(name: str, tree: PyTree, axes: Any) -> list[Any]:
+def axis_of_each_leaf(name: str, tree: PyTree, axes: Any) -> list[Any]:
     every: list[Any] = []
 
     def note(axis: Any, part: PyTree) -> None:

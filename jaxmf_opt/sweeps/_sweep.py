@@ -1,6 +1,7 @@
 """Many solves as one job: checks the call, and says how it is to be run."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -44,7 +45,7 @@ from ._batch import digest_of, local_mesh
 from ._checkpoints import CheckpointStore, Layout, check_directory, is_kept
 from ._collect import as_arrays, solve_lanes
 from ._lane import LaneSetting, is_function
-from ._lanes import Lanes, as_pair, lanes_of
+from ._lanes import Lanes, as_pair, axis_of_each_leaf, lanes_of
 from ._processes import gather, lanes_by_process, own_devices
 from ._progress import ProgressBar
 from ._runner import BatchRunner, CallbackStopIterationError
@@ -69,7 +70,7 @@ def sweep(
     grad: bool = False,
     callback: CallbackFnType | None = None,
     optimizer: Any = DEFAULT_OPTIMIZER,
-    rtol: Tolerance | Callable[[PyTree], Any] = 0.0,
+    rtol: Tolerance | Callable[[PyTree], Any] = 1e-8,
     atol: Tolerance | Callable[[PyTree], Any] = 0.0,
     gtol: Tolerance | Callable[[PyTree], Any] = 0.0,
     state: SolverState | Sequence[Any] | None = None,
@@ -168,7 +169,8 @@ def sweep(
     tolerances = Tolerances(*cast(Any, (rtol, atol, gtol)))
     check_untraced("its arguments", params, hyperparams, state, tolerances)
     problems = [("params", params), ("hyperparams", hyperparams)]
-    lanes = lanes_of(problems, as_pair(in_axes))
+    axes = as_pair(in_axes)
+    lanes = lanes_of(problems, axes)
     mesh = _check_mesh(mesh, lanes.count)
     width = _check_batch_size(batch_size, mesh)
     _check_options(lanes, optimizer, tolerances)
@@ -244,6 +246,8 @@ def sweep(
             raise e.original from None
         with no_alarms():  # NaN are the rows of steps that were not taken
             solution = as_arrays(gather(solution, everyone), like[0])
+    of_leaves = axis_of_each_leaf("hyperparams", hyperparams, axes[1])
+    solution = dataclasses.replace(solution, hyperparam_axes=tuple(of_leaves))
     return throw_failure(solution) if throw else solution
 
 

@@ -12,7 +12,7 @@ from .._jax.keys import as_numpy
 from .._solver.solution import Solution, statuses
 from .._typing import PyTree
 from .._validation import check_path
-from ._lanes import as_pair, lanes_of
+from ._lanes import lanes_of
 
 
 def best_lane(solution: Solution) -> int:
@@ -133,15 +133,13 @@ class SweepTable(Mapping[str, np.ndarray]):
 _NUMBERS = ("loss", "grad_norm", "num_steps")
 
 
-def table(
-    solution: Solution, hyperparams: PyTree, in_axes: Any = (None, 0)
-) -> SweepTable:
+def table(solution: Solution, hyperparams: PyTree) -> SweepTable:
     """A table of the lanes of a sweep.
 
     Args:
-      solution: Its solution.
+      solution: Its solution. (Or one of a `jax.vmap` of `solve`, whose hyperparameters
+        have their lanes in front.)
       hyperparams: Its hyperparameters.
-      in_axes: As they were given to it.
 
     Returns:
       A table of columns of a row for each lane: `lane`, each mapped array of the
@@ -149,9 +147,9 @@ def table(
       columns), and `loss`, `grad_norm`, `num_steps` and `status`.
 
     Raises:
-      TypeError: If `solution` is no solution, or `in_axes` is of a wrong kind.
-      ValueError: If `hyperparams` are of another number of lanes, or two columns would
-        have the same name.
+      TypeError: If `solution` is no solution.
+      ValueError: If `hyperparams` are not those of the sweep, in their structure or
+        number of lanes, or two columns would have the same name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,12 +164,17 @@ def table(
     """
     stats = lanes_of_solution(solution).stats
     count = np.size(stats["loss"])
-    axes_of_params, axes = as_pair(in_axes)
     columns: dict[str, np.ndarray] = {"lane": np.arange(count)}
-    # (Of many starts there may be no hyperparameters, of one start there are some.)
-    is_needed = jax.tree.leaves(hyperparams) or not jax.tree.leaves(axes_of_params)
-    if jax.tree.leaves(axes) and is_needed:
-        lanes = lanes_of([("hyperparams", hyperparams)], (axes,))
+    leaves, treedef = jax.tree.flatten(hyperparams)
+    axes = solution.hyperparam_axes
+    axes = (0,) * len(leaves) if axes is None else axes
+    if len(axes) != len(leaves):
+        raise ValueError(
+            f"`hyperparams` must be those of the sweep, of {len(axes)} leaves, got "
+            f"{len(leaves)}."
+        )
+    if any(axis is not None for axis in axes):  # else they are all shared
+        lanes = lanes_of([("hyperparams", hyperparams)], (treedef.unflatten(axes),))
         if lanes.count != count:
             raise ValueError(
                 f"`hyperparams` must be those of the sweep of {count} lanes, got "

@@ -9,6 +9,8 @@ from jaxtyping import Array, Real
 from .._solver.solution import Solution, statuses
 from ._table import best_lane, lanes_of_solution
 
+__all__ = ["convergence", "final_loss", "heat_map"]
+
 try:
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
@@ -331,3 +333,7 @@ def _finite_numbers(name: str, values: Any, count: int, *, log: bool) -> np.ndar
     if np.isnan(array).any():
         raise ValueError(f"`{name}` must be finite, got {values!r}.")
     return array
+
+
+def __dir__() -> list[str]:
+    return __all__

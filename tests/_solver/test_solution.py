@@ -79,10 +79,13 @@ class TestStats:
         np.testing.assert_allclose(state.grad, quartic_grad(y, ROWS[0]), atol=1e-12)
 
     def test_numbers_that_the_callers_floats_do_not_have(self):
-        solution = solve(lambda y: 1e100 * (y + y**2), 1.0, max_optimizer_steps=2)
+        """They are no other finite number."""
+        most = 2**40
+        solution = solve(lambda y: 1e100 * (y + y**2), 1.0, max_optimizer_steps=most)
         assert solution.stats["loss"].dtype == jnp.float32
-        assert np.isfinite(solution.stats["loss"])
-        assert float(solution.state.minimiser.loss) < -1e99
+        assert solution.stats["loss"] == -np.inf
+        assert float(solution.loss) < -1e99
+        assert solution.stats["max_steps"] == -1
 
 
 def _is_even(step: Any, **_: Any) -> Any:
@@ -261,7 +264,7 @@ class TestResult:
     )
     def test_status_and_finite_value(self, name: str, solver: int):
         case = HARD[name]
-        solution = solve(case.loss, case.start, **SOLVERS[solver])
+        solution = solve(case.loss, case.start, rtol=0.0, **SOLVERS[solver])
         want = case.results[solver]
         assert want is None or solution.result == want, repr(solution)
         assert np.all(np.isfinite(solution.value))

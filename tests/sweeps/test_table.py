@@ -1,6 +1,7 @@
 """The best lane, failed lanes and tables of sweeps, against the same made by hand."""
 
 import csv
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -53,9 +54,9 @@ def singles() -> list[Solution]:
     return [solve(lambda y, h=h: ending(y, h), START, **OPTIONS) for h in lanes]
 
 
-def columns(*arguments: Any) -> dict[str, np.ndarray]:
+def columns(hyperparams: Any) -> dict[str, np.ndarray]:
     """The columns of hyperparameters, in a table of three lanes."""
-    got = dict(table(made([3.0, 1.0, np.nan], NAMES[:3]), *arguments))
+    got = dict(table(made([3.0, 1.0, np.nan], NAMES[:3]), hyperparams))
     assert next(iter(got)) == "lane"
     assert list(got)[-4:] == LAST
     return {name: x for name, x in got.items() if name not in ("lane", *LAST)}
@@ -140,17 +141,30 @@ class TestTable:
     def test_columns(self, hyperparams: Any, want: Any):
         assert_columns(columns(hyperparams), want)
 
-    def test_in_axes(self):
+    def test_axes_are_those_of_the_sweep(self):
         """What all lanes have in common is no column."""
+
+        def swept(hyperparams: Any, in_axes: Any, start: Any = START) -> Any:
+            def loss(y: Any, _: Any) -> Any:
+                return jnp.sum(y**2)
+
+            solution = sweep(
+                loss, start, hyperparams, in_axes=in_axes, max_optimizer_steps=1
+            )
+            got = dict(table(pickle.loads(pickle.dumps(solution)), hyperparams))
+            return {k: x for k, x in got.items() if k not in ("lane", *LAST)}
+
         want = {f"hyperparam[{i}]": PAIRS[:, i] for i in range(2)}
-        assert_columns(columns(PAIRS.T, (0, -1)), want)
-        hyperparams = ({"a": FLOATS, "b": np.stack([INTS, INTS])}, "text")
-        axes = ({"x": 0}, ({"a": 0, "b": 1}, None))
+        assert_columns(swept(PAIRS.T, (None, -1)), want)
+        hyperparams = ({"a": FLOATS, "b": np.stack([INTS, INTS])}, np.ones(3))
+        axes = (None, ({"a": 0, "b": 1}, None))
         want = {"0.a": FLOATS, "0.b[0]": INTS, "0.b[1]": INTS}
-        assert_columns(columns(hyperparams, axes), want)
+        assert_columns(swept(hyperparams, axes), want)
         # Lanes may differ in their starting points only.
         for none, axes in ((None, (0, None)), (None, 0), (np.ones(99), (0, None))):
-            assert columns(none, axes) == {}
+            assert swept(none, axes, np.ones((3, 2))) == {}
+        with pytest.raises(ValueError, match="of 2 leaves, got 3"):
+            table(sweep(ending, START, HYPERPARAMS, **OPTIONS), HYPERPARAMS | {"d": 1})
 
     @pytest.mark.parametrize("name", ["lane", "loss", "status", "a.b"])
     def test_names_that_are_taken(self, name: str):
@@ -162,10 +176,6 @@ class TestTable:
         message = "`hyperparams` must be those of the sweep of 3 lanes, got 4."
         with pytest.raises(ValueError, match=re.escape(message)):
             columns({"a": np.ones(4)})
-        with pytest.raises(TypeError, match="`in_axes` must be a pair"):
-            columns(FLOATS, (0,))
-        with pytest.raises(ValueError, match="`in_axes` must map an array of `hyperp"):
-            columns(None)
 
     def test_is_a_mapping_of_its_own(self):
         given = {"b": INTS, "a": FLOATS}
