@@ -2,6 +2,8 @@
 
 import argparse
 import concurrent.futures
+import contextlib
+import functools
 import multiprocessing
 import re
 import signal
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._files import read_npz, write_npz
 from ..mechanisms._saved import write
 from ..privacy import Budget
 from .job import FAMILIES, found
@@ -22,8 +25,9 @@ columns: how examples come into batches, of what is possible what is better: in 
 order in each epoch, or by cyclic Poisson sampling (arXiv 2306.08153, Algorithm 2); how
 many vectors of noise, as large as the model, training has to keep; the noise multiplier
 (dp-accounting); the error of the model, the root of its expected square, over learning
-rate and clipping norm, for gradients that are means over a batch; that error below
-DP-SGD's; * no smaller error with so few vectors"""
+rate and clipping norm, for gradients that are means over a batch; the same of a closed
+form with as many bands, the (inverse) square root of the workload (arXiv 2405.13763 and
+2505.12128); that error below DP-SGD's; * no smaller error with so few vectors"""
 
 
 class Choice(NamedTuple):
@@ -35,12 +39,15 @@ class Choice(NamedTuple):
       noise_multiplier: The standard deviation of the noise, over clipping norm and
         sensitivity.
       error: The root of the expected squared error of the model.
+      closed_form: The same of the mechanism of closed form where optimization started;
+        NaN if there is none.
     """
 
     line: Any
     amplified: bool
     noise_multiplier: float
     error: float
+    closed_form: float
 
     @property
     def name(self) -> str:
@@ -118,19 +125,43 @@ def _as_option(argument: re.Match[str]) -> str:
 class Calibration:
     """Noise multipliers, computed in processes of their own beside a sweep."""
 
-    def __init__(self, budget: Budget | None, bands: Sequence[int]):
-        """Of a budget, unamplified and for these numbers of bands."""
-        self._budget, self._bands = budget, (None, *bands)
+    def __init__(self, budget: Budget | None, bands: Sequence[int], path: Path):
+        """Of a budget, unamplified and for these numbers of bands.
+
+        Args:
+          budget: The budget, or None for none.
+          bands: The numbers of bands.
+          path: A file for those that are known, for the run that continues this one.
+        """
+        self._budget, self._bands, self._path = budget, (None, *bands), path
 
     def __enter__(self) -> Mapping[int | None, concurrent.futures.Future[float]]:
         """Begins. The multiplier without amplification is that of None."""
         if self._budget is None:
             return {}
+        known: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):  # of no file, or a damaged one
+            known = read_npz(self._path)
         self._pool = concurrent.futures.ProcessPoolExecutor(
             mp_context=multiprocessing.get_context("spawn"), initializer=_uninterrupted
         )
-        compute = self._budget.noise_multiplier
-        return {bands: self._pool.submit(compute, bands) for bands in self._bands}
+        compute, futures = self._budget.noise_multiplier, {}
+        for bands in self._bands:
+            future: concurrent.futures.Future[float] = concurrent.futures.Future()
+            if str(bands) in known:
+                future.set_result(float(known[str(bands)]))
+            else:
+                future = self._pool.submit(compute, bands)
+                future.add_done_callback(functools.partial(self._keep, known, bands))
+            futures[bands] = future
+        return futures
+
+    def _keep(
+        self, known: dict[str, Any], bands: int | None, future: Any
+    ) -> None:  # (in one thread, that of the pool)
+        if not future.cancelled() and future.exception() is None:
+            known[str(bands)] = np.array(future.result())
+            write_npz(self._path, known)
 
     def __exit__(self, *_: object) -> None:
         """Ends, with what is not done."""
@@ -151,14 +182,16 @@ def choices(
     """All mechanisms at the budget, by the noise that they keep, then by error."""
     all_of_them = []
     for line in lines:
-        error = float(line.outcome.error_after) / budget.batch_size
+        family, outcome = FAMILIES[line.family], line.outcome
+        before = outcome.error_before if family.starts_in_closed_form else np.nan
+        errors = np.array([outcome.error_after, before]) / budget.batch_size
         sigma = noise_multipliers[None].result()
-        all_of_them.append(Choice(line, False, sigma, error * sigma))
-        if FAMILIES[line.family].can_be_amplified:
+        all_of_them.append(Choice(line, False, sigma, *map(float, errors * sigma)))
+        if family.can_be_amplified:
             # Of one participation, where columns of an example have no row in common.
-            error /= budget.epochs**0.5
+            errors /= budget.epochs**0.5
             sigma = noise_multipliers[line.set_up.size].result()
-            all_of_them.append(Choice(line, True, sigma, error * sigma))
+            all_of_them.append(Choice(line, True, sigma, *map(float, errors * sigma)))
     return sorted(all_of_them, key=lambda c: (c.line.kept, c.error))
 
 
@@ -178,12 +211,15 @@ def dp_sgd(choices: Sequence[Choice]) -> Choice:
 
 def table(choices: Sequence[Choice], budget: Budget) -> str:
     """The mechanisms as text, each with the batches that suit it better."""
-    layout = "{:<38} {:<15} {:>6} {:>11} {:>11} {:>8}"
+    layout = "{:<38} {:<15} {:>6} {:>11} {:>10} {:>12} {:>7}"
     n, e = budget.steps, budget.epochs
     text = [
         f"epsilon {budget.epsilon:g}, delta {budget.delta:g}: {budget.examples} "
         f"examples, {n} steps with batches of {budget.batch_size}, {e} epochs",
-        layout.format("mechanism", "batches", "noise", "multiplier", "error", "gain"),
+        layout.format(
+            *("mechanism", "batches", "noise", "multiplier", "error"),
+            *("closed form", "gain"),
+        ),
     ]
     best, rival = set(map(id, front(choices))), dp_sgd(choices)
     better = {id(c.line): c for c in sorted(choices, key=lambda c: -c.error)}
@@ -192,7 +228,8 @@ def table(choices: Sequence[Choice], budget: Budget) -> str:
         name = "DP-SGD" if c is rival else f"{c.line.family}, {size}"
         batches = "cyclic Poisson" if c.amplified else "fixed order"
         gain = f"{1 - c.error / rival.error:.1%}"
-        numbers = f"{c.noise_multiplier:.4f}", f"{c.error:.5f}", gain
+        closed = "" if np.isnan(c.closed_form) else f"{c.closed_form:.5f}"
+        numbers = f"{c.noise_multiplier:.4f}", f"{c.error:.5f}", closed, gain
         star = " *" if id(c) in best else ""
         text.append(
             layout.format(
@@ -213,6 +250,7 @@ def arrays(choices: Sequence[Choice]) -> dict[str, np.ndarray]:
         "budget/amplified": np.array([c.amplified for c in choices]),
         "budget/noise_multiplier": np.array([c.noise_multiplier for c in choices]),
         "budget/error": np.array([c.error for c in choices]),
+        "budget/closed_form_error": np.array([c.closed_form for c in choices]),
     }
 
 

@@ -83,6 +83,7 @@ class Family:
         need not be of use.
       can_be_amplified: Whether sampling amplifies its privacy, with as many bands as an
         epoch has steps at most.
+      starts_in_closed_form: Whether where it starts is a mechanism of the literature.
       batch_size: As in `sweep`.
     """
 
@@ -94,6 +95,7 @@ class Family:
     has_grad: bool = False
     grows: bool = False
     can_be_amplified: bool = False
+    starts_in_closed_form: bool = False
     batch_size: int | None = None
 
 
@@ -131,6 +133,7 @@ FAMILIES = {
         needed=_strategy_of_norm_1,
         kept=lambda size, parts: size - 1,
         can_be_amplified=True,
+        starts_in_closed_form=True,
     ),
     "normalized-banded-toeplitz": Family(
         sizes="bands",
@@ -139,6 +142,7 @@ FAMILIES = {
         needed=_strategy_of_norm_1,
         kept=lambda size, parts: size - 1,
         can_be_amplified=True,
+        starts_in_closed_form=True,
     ),
     "banded-inverse-toeplitz": Family(
         sizes="bands",
@@ -146,6 +150,7 @@ FAMILIES = {
         static=lambda s: None,
         needed=lambda m, p: {"noising_coef": m.noising_coef(p)[: p.size] / p[0]},
         kept=lambda size, parts: size - 1,
+        starts_in_closed_form=True,
     ),
     "blt": Family(
         sizes="buffers",

@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "progress": sys.stderr.isatty() and find_spec("tqdm") is not None,
     }
     unfinished = args.out / "jaxmf_opt-unfinished" / _digest(args)
+    calibrated = unfinished / "noise_multipliers.npz"
     with contextlib.ExitStack() as stack:
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             with (
                 jax.enable_x64(),
-                budget.Calibration(private, args.bands) as multipliers,
+                budget.Calibration(private, args.bands, calibrated) as multipliers,
             ):
                 lines = [
                     line
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if "`checkpoint_dir`" not in str(e):
                 raise
             parser.error(f"argument --out: {e}")
+        calibrated.unlink(missing_ok=True)
         _remove(unfinished)
 
 

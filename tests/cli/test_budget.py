@@ -15,6 +15,7 @@ from jax_privacy.matrix_factorization import dense, sensitivity, toeplitz
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
+from jaxmf_opt.cli.budget import Calibration
 from jaxmf_opt.cli.main import main
 from jaxmf_opt.mechanisms import load
 from jaxmf_opt.privacy import Budget
@@ -106,6 +107,30 @@ def test_it_is_as_good_as_jax_privacy(job: Job):
         loss = toeplitz.loss(toeplitz.optimize_banded_toeplitz(20, 5), n=20)
         want = np.sqrt(loss) * noise_multiplier(5) / 100
     assert job.arrays["error"][i] <= want * (1 + 1e-6)
+
+
+def test_closed_forms_are_those_of_jax_privacy(job: Job):
+    """The square root of the workload, cut at as many bands, columns of norm 1."""
+    (i,) = np.flatnonzero(job.arrays["amplified"] & (job.arrays["size"] == 5))
+    with jax.enable_x64():
+        coef = toeplitz.optimal_max_error_strategy_coefs(5)
+        c = toeplitz.materialize_lower_triangular(coef, 20)
+        c /= jnp.linalg.norm(c, axis=0, keepdims=True)
+        error = float(np.sqrt(dense.per_query_error(strategy_matrix=c).mean()))
+    want = error * noise_multiplier(5) / 100
+    got = job.arrays["closed_form_error"]
+    assert_allclose(got[i], want, rtol=1e-6)
+    assert np.isnan(got[job.arrays["family"] == "blt"]).all()
+
+
+def test_noise_multipliers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that is interrupted has them for the next one."""
+    path = tmp_path / "noise_multipliers.npz"
+    with Calibration(BUDGET, [2], path) as first:
+        want = {bands: future.result() for bands, future in first.items()}
+    monkeypatch.setattr(Budget, "noise_multiplier", None)
+    with Calibration(BUDGET, [2], path) as again:
+        assert {bands: future.result() for bands, future in again.items()} == want
 
 
 def test_the_table(job: Job):
