@@ -219,10 +219,8 @@ def tree_problem() -> Problem:
 
 EXACT: dict[str, Callable[[], Problem]] = {
     "toeplitz-mean-16": lambda: toeplitz_problem(16, 4, jnp.mean),
-    "toeplitz-mean-1024": lambda: toeplitz_problem(1024, 32, jnp.mean),
     "toeplitz-max-128": lambda: toeplitz_problem(128, 16, jnp.max),
-    "inverse-mean-128": lambda: inverse_toeplitz_problem(128, 16, jnp.mean),
-    "inverse-last-1024": lambda: inverse_toeplitz_problem(1024, 32, last),
+    "inverse-last-128": lambda: inverse_toeplitz_problem(128, 16, last),
     "dense-2-epochs": lambda: dense_problem(2),
     "mixed-tree": tree_problem,
 }
@@ -440,18 +438,13 @@ def test_zoom_results_are_those_of_upstream():
 
 
 class Strategy(NamedTuple):
-    """A call of jax-privacy that optimizes, the setting it needs, and how exact."""
+    """A call of jax-privacy that optimizes, and the setting it needs."""
 
     call: Callable[[], PyTree]
     x64: bool
-    rtol: float = 0.0
 
 
 STRATEGIES = {
-    "toeplitz-mean": Strategy(
-        lambda: toeplitz.optimize_banded_toeplitz(64, 8, max_optimizer_steps=60),
-        x64=False,
-    ),
     "toeplitz-max": Strategy(
         lambda: toeplitz.optimize_banded_toeplitz(
             64, 8, reduction_fn=jnp.max, max_optimizer_steps=60
@@ -461,28 +454,20 @@ STRATEGIES = {
     # This one optimizes in worker threads, a number of bands in each.
     "toeplitz-amplified": Strategy(
         lambda: toeplitz.optimize_coefs_for_amplifications(
-            16,
-            dataset_size=16,
-            expected_batch_size=8,
-            epsilon=8.0,
+            8,
+            dataset_size=5,
+            expected_batch_size=1,
+            epsilon=0.3,  # (It is quick to find much noise.)
             delta=1e-3,
             max_optimizer_steps=30,
         ),
         x64=False,
     ),
     "banded": Strategy(
-        lambda: banded.optimize(16, bands=4, max_optimizer_steps=40), x64=False
+        lambda: banded.optimize(8, bands=3, max_optimizer_steps=20), x64=False
     ),
     # Upstream's dense code asks for float64 itself, which JAX grants in 64 bits only.
-    "dense-1-epoch": Strategy(lambda: dense.optimize(16), x64=True),
-    "dense-2-epochs": Strategy(lambda: dense.optimize(16, epochs=2), x64=True),
-    "blt": Strategy(
-        lambda: buffered_toeplitz.optimize(
-            n=100, min_buffers=2, max_buffers=2, max_optimizer_steps=ZOOM_STEPS
-        ),
-        x64=False,
-        rtol=1e-7,  # see ZOOM_RTOL; this includes the step from parameters to BLT
-    ),
+    "dense": Strategy(lambda: dense.optimize(16, epochs=2), x64=True),
 }
 
 
@@ -502,10 +487,7 @@ def test_strategies_are_those_of_upstream(name: str, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(optimization, "optimize", counting)
         ours = strategy.call()
     assert calls > 0
-    if strategy.rtol:
-        assert_close(ours, theirs, strategy.rtol)
-    else:
-        assert_identical(ours, theirs)
+    assert_identical(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["host", "traced"])
@@ -597,9 +579,8 @@ few = functools.partial(
 
 
 @pytest.mark.bits
-@few(max_examples=5)
+@few(max_examples=3)
 @hypothesis.given(tree=TREES, seed=st.integers(0, 2**32 - 1))
-@hypothesis.example(tree={"leaf": Leaf((), "float64")}, seed=0)
 def test_any_convex_loss_of_any_tree(tree: PyTree, seed: int):
     theirs, ours, loop = compare(random_problem(tree, seed))
     for of_ours, of_theirs in zip(ours.steps, theirs.steps, strict=True):
