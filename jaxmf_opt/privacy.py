@@ -34,14 +34,14 @@ class Budget:
 
     Example:
       >>> budget = Budget(
-      ...     examples=60_000, batch_size=600, epochs=5, epsilon=4.0, delta=1e-6
+      ...     examples=60_000, batch_size=600, epochs=5, epsilon=1.0, delta=1e-6
       ... )
       >>> budget.steps, budget.steps_per_epoch
       (500, 100)
       >>> round(budget.noise_multiplier(), 4)
-      1.1935
+      4.2247
       >>> round(budget.noise_multiplier(bands=4), 4)  # amplified
-      0.9551
+      2.174
     """
 
     examples: int

@@ -30,15 +30,15 @@ class NormalizedBandedToeplitz(BandedToeplitz):
     inverse, whose row `t` is multiplied by the norm of its column `t`, `column_norms`.
 
     Example:
-      >>> from jaxmf_opt import ROBUST_OPTIMIZER, optimize
+      >>> from jaxmf_opt import ROBUST_OPTIMIZER, solve
       >>> training = dict(min_sep=25, max_participations=4)
       >>> mechanism = NormalizedBandedToeplitz(100, bands=20, **training)
       >>> start = mechanism.initial_params()
-      >>> coef = optimize(
+      >>> solution = solve(
       ...     mechanism.loss, start, optimizer=ROBUST_OPTIMIZER, rtol=1e-6
       ... )
       >>> without = BandedToeplitz(100, bands=20, **training)
-      >>> bool(mechanism.loss(coef) < 0.99 * without.loss(coef))
+      >>> bool(solution.stats["loss"] < 0.99 * without.loss(solution.value))
       True
     """
 
