@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from differentiating import value_beside
 from sharded_cases import DEVICES, sharded, split
 
@@ -30,6 +31,10 @@ class MineError(Exception):
     pass
 
 
+# Compiles in a third of the time of L-BFGS.
+PLAIN = optax.sgd(0.02)
+
+
 def minimum(c: jax.Array, callback: Any) -> jax.Array:
     def loss(y: jax.Array) -> jax.Array:
         away = y - c.astype(y.dtype)
@@ -40,6 +45,7 @@ def minimum(c: jax.Array, callback: Any) -> jax.Array:
         jnp.zeros(c.shape),
         callback=callback,
         max_optimizer_steps=STEPS,
+        optimizer=PLAIN,
     )
 
 
@@ -64,6 +70,7 @@ class Calls:
         return self.stops and bool(info.loss < LIMIT)
 
 
+@functools.cache
 def eager(stops: bool) -> tuple[np.ndarray, dict[float, list[int]]]:
     calls = Calls(stops)
 
@@ -85,7 +92,6 @@ def summed(fn: Any) -> Any:
 
 ON_DEVICES: dict[str, Callable[[Any], Any]] = {
     "shard_map": lambda f: jax.jit(split(jax.vmap(f))),
-    "shard_map unchecked": lambda f: jax.jit(split(jax.vmap(f), check_vma=False)),
     "eager shard_map": lambda f: split(jax.vmap(f)),
     "shard_map of map": lambda f: jax.jit(split(lambda c: jax.lax.map(f, c))),
     "shard_map of grad": lambda f: jax.jit(split(jax.vmap(grad_of(f)))),
@@ -183,16 +189,16 @@ def big(way: str) -> None:
             jnp.zeros(c.shape),
             callback=callback,
             max_optimizer_steps=3,
+            optimizer=optax.sgd(0.5),
         )
 
     ways: dict[str, Callable[[], Any]] = {
         "eager": lambda: solve(jnp.asarray(centre), in_jax),
-        "vmap": lambda: jax.vmap(solve)(centre[None]),
         "shard_map": lambda: jax.jit(split(solve))(centre),
         "sharded input": lambda: jax.jit(solve)(sharded(centre)),
     }
     got = np.asarray(ways[way]())
-    np.testing.assert_allclose(got.reshape(centre.shape), centre, atol=1e-5)
+    np.testing.assert_allclose(got, centre, atol=1e-5)
     # Under `shard_map` each device has a solve of its own.
     solves = DEVICES if way == "shard_map" else 1
     assert Counter(steps) == dict.fromkeys(range(3), solves)
@@ -202,15 +208,14 @@ CASES: dict[str, Callable[[], None]] = {
     "rows differ": rows_differ,
     **{
         f"{way}, {'traced' if t else 'host'}": functools.partial(agrees, way, True, t)
-        for i, way in enumerate(ON_DEVICES)
-        for t in ((False, True) if i % 4 == 0 else (False,))
+        for way in ON_DEVICES
+        for t in ((False, True) if way == "shard_map" else (False,))
     },
     **{
         f"exception {'everywhere' if e else 'in one lane'}, {way}": (
             functools.partial(fails, way, e)
         )
         for way, e in (
-            ("shard_map", False),
             ("shard_map and psum", False),
             ("sharded input", True),
             ("eager sharded input", False),
@@ -219,7 +224,7 @@ CASES: dict[str, Callable[[], None]] = {
     "branch of one device": branch_of_one_device,
     **{
         f"a million parameters, {way}": functools.partial(big, way)
-        for way in ("eager", "vmap", "shard_map", "sharded input")
+        for way in ("eager", "shard_map", "sharded input")
     },
 }
 

@@ -89,7 +89,7 @@ def test_against_the_inverse(n: int, kind: str, solver: Any):
                 assert error < 1e-13 * n * condition, (condition, units)
 
 
-@pytest.mark.parametrize("kind", ["regular", "singular", "skewed"])
+@pytest.mark.parametrize("kind", ["singular", "skewed"])
 def test_without_a_matrix_it_is_of_use(kind: str):
     """At a moderate condition there is a number, of a size that takes many products."""
     n = 256
@@ -153,11 +153,14 @@ def test_derivatives_of_the_group_inverse():
 
 class TestUnsolved:
     @pytest.mark.parametrize(
-        "solver",
-        [lx.CG(rtol=1e-10, atol=0.0, max_steps=2), lx.GMRES(1e-10, 0.0, max_steps=1)],
+        ("solver", "derivative"),
+        [
+            (lx.CG(rtol=1e-10, atol=0.0, max_steps=2), jax.jacfwd),
+            (lx.GMRES(1e-10, 0.0, max_steps=1), jax.jacrev),
+        ],
         ids=["CG", "GMRES"],
     )
-    def test_is_nan(self, solver: lx.AbstractLinearSolver):
+    def test_is_nan(self, solver: lx.AbstractLinearSolver, derivative: Any):
         diagonal = np.linspace(1.0, 9.0, 40)
 
         def minimum(c: jax.Array) -> jax.Array:
@@ -168,12 +171,12 @@ class TestUnsolved:
             few = {"optimizer": optax.sgd(0.01), "max_optimizer_steps": 2}
             return optimize(loss, jnp.zeros(40), linear_solver=solver, **few)
 
-        for derivative in jax.jacfwd, jax.jacrev:
-            assert np.isnan(derivative(minimum)(jnp.ones(40))).all()
+        assert np.isnan(derivative(minimum)(jnp.ones(40))).all()
 
-    def test_of_many_parameters_is_nan_or_right(self):
+    def test_of_many_parameters_is_nan_or_right(self, monkeypatch: pytest.MonkeyPatch):
         """With a condition at which no product will do, above the size of matrices."""
-        n = 2100
+        n = 210
+        monkeypatch.setattr("jaxmf_opt._solver.implicit.DIRECT_SIZE", n - 1)
         curvature = np.geomspace(1.0, 1e-14, n)
         mix = np.sin(np.arange(n))
 
