@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -241,10 +241,9 @@ def batched(f: Map, *, inner: Any = lambda f: f, outer: Any = lambda f: f) -> Ma
     return lambda c: outer(jax.vmap(inner(f)))(stacked(c))
 
 
-def batched_twice(f: Map, *, jits: Sequence[bool]) -> Map:
-    inner, middle, outer = (jax.jit if j else lambda f: f for j in jits)
-    of_rows = middle(jax.vmap(inner(f)))
-    return lambda c: outer(jax.vmap(of_rows))(jnp.stack([stacked(c), stacked(c / 2)]))
+def batched_twice(f: Map) -> Map:
+    many = jax.jit(jax.vmap(jax.vmap(jax.jit(f))))
+    return lambda c: many(jnp.stack([stacked(c), stacked(c / 2)]))
 
 
 def looped(f: Map) -> Map:
@@ -281,14 +280,8 @@ CONTROL: dict[str, Callable[[Map], Map]] = {
     "while_loop": looped,
     "checkpoint": jax.checkpoint,
 }
-VMAPPED = ["jvp", "vjp, pulled back later", "linearize", "jacfwd", "jacrev", "hessian"]
 MORE_WAYS = {
-    **{
-        f"vmap of vmap, jit {''.join('01'[j] for j in jits)}": functools.partial(
-            batched_twice, jits=jits
-        )
-        for jits in [(False, False, False), (True, False, True)]
-    },
+    "vmap of vmap": batched_twice,
     "vmap of jit": functools.partial(batched, inner=jax.jit),
     "jit of vmap": functools.partial(batched, outer=jax.jit),
     "filter_jit of filter_vmap": lambda f: (
@@ -296,7 +289,10 @@ MORE_WAYS = {
     ),
     **CONTROL,
     **{f"vmap of {k}": lambda f, k=k: batched(CONTROL[k](f)) for k in CONTROL},
-    **{f"vmap of {k}": lambda f, k=k: batched(DERIVATIVES[k](f)) for k in VMAPPED},
+    **{
+        f"vmap of {k}": lambda f, k=k: batched(DERIVATIVES[k](f))
+        for k in ("jvp", "jacrev")
+    },
     "jit of vmap of hessian": lambda f: batched(jax.hessian(scalar(f)), outer=jax.jit),
 }
 ALL_WAYS = {**WAYS, **MORE_WAYS}
@@ -313,14 +309,10 @@ def cells() -> Iterator[tuple[str, str, bool]]:
     for i, way in enumerate(WAYS):
         yield way, losses[i % len(losses)], i % 2 == 0
     for i, loss in enumerate(losses):
-        yield loss_way(i), loss, i % 2 == 1
+        yield "hessian" if loss == "scan" else "value_and_grad", loss, i % 2 == 1
     # More ways to nest the same.
     for i, way in enumerate(MORE_WAYS):
         yield way, SOME[i % len(SOME)], i % 2 == 0
-
-
-def loss_way(i: int) -> str:
-    return ("value_and_grad", "hessian")[i // 2 % 2]
 
 
 CELLS = list(dict.fromkeys(cells()))
@@ -549,7 +541,7 @@ class TestTheUsersGradient:
 class TestLinearSolver:
     @pytest.mark.parametrize(
         ("solver", "transform"),
-        [("SVD", jax.grad), ("CG", jax.grad), ("CG", jax.hessian)],
+        [("SVD", jax.grad), ("CG", jax.hessian)],
     )
     def test_given_by_the_caller(self, solver: str, transform: Callable[..., Any]):
         chosen = {"SVD": lx.SVD(), "CG": lx.CG(rtol=1e-10, atol=1e-10)}[solver]
@@ -792,7 +784,7 @@ def cubic(c: jax.Array) -> jax.Array:
     def loss(y: jax.Array) -> jax.Array:
         return (y - c.astype(y.dtype)) ** 2 / 2 + y**4 / 4
 
-    return optimize(loss, jnp.zeros_like(c), gtol=1e-13)
+    return optimize(loss, jnp.zeros_like(c), optimizer=optax.sgd(0.2), gtol=1e-13)
 
 
 def root_of_cubic(c: jax.Array, p: float = 1.0) -> jax.Array:
@@ -865,7 +857,7 @@ class TestHigherOrders:
         ("loop", "order"),
         [
             *((loop, list(ORDERS)[i % 4]) for i, loop in enumerate(LOOPS)),
-            *(("map", order) for order in ORDERS),
+            ("map", "frf"),
             ("trajectory", "rrr"),
         ],
     )

@@ -23,8 +23,8 @@ from jaxmf_opt.privacy import Budget
 pytestmark = pytest.mark.mixes  # jax-privacy's code
 
 # (It is quick to find much noise.)
-BUDGET = Budget(examples=1000, batch_size=100, epochs=2, epsilon=0.3, delta=1e-5)
-ARGV = "--examples 1000 --batch-size 100 --epochs 2 --epsilon 0.3 --delta 1e-5"
+BUDGET = Budget(examples=400, batch_size=100, epochs=2, epsilon=0.3, delta=1e-5)
+ARGV = "--examples 400 --batch-size 100 --epochs 2 --epsilon 0.3 --delta 1e-5"
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def test_all_divisors_are_there(job: Job):
     got = set(zip(*(job.arrays[name].tolist() for name in names), strict=True))
     banded = {
         ("normalized-banded-toeplitz", b, sampled)
-        for b in (1, 2, 4, 5, 10)
+        for b in (1, 2, 4)
         for sampled in (False, True)
     }
     assert got == banded | {("blt", 1, False)}
@@ -73,7 +73,7 @@ def test_noise_multipliers_are_those_of_the_library(job: Job):
     for size, amplified, got in zip(
         *(job.arrays[x] for x in ("size", "amplified", "noise_multiplier")), strict=True
     ):
-        if size in (1, 5):
+        if size in (1, 4):
             want = noise_multiplier(int(size) if amplified else None)
             assert_allclose(got, want, rtol=1e-12)
 
@@ -88,7 +88,7 @@ def test_files_hold_the_front_and_its_errors(job: Job):
         for path in files:
             saved = load(path)
             assert saved.budget == BUDGET and saved.noise_multiplier is not None
-            noising = np.asarray(saved.streaming_matrix().materialize(20))
+            noising = np.asarray(saved.streaming_matrix().materialize(8))
             c = jnp.array(np.linalg.inv(noising))
             if saved.amplified:
                 size = sensitivity.single_participation_sensitivity(c)
@@ -102,10 +102,10 @@ def test_files_hold_the_front_and_its_errors(job: Job):
 
 def test_it_is_as_good_as_jax_privacy(job: Job):
     """For as much noise. (Each number of bands is compiled, so only one.)"""
-    (i,) = np.flatnonzero(job.arrays["amplified"] & (job.arrays["size"] == 5))
+    (i,) = np.flatnonzero(job.arrays["amplified"] & (job.arrays["size"] == 4))
     with jax.enable_x64():
-        loss = toeplitz.loss(toeplitz.optimize_banded_toeplitz(20, 5), n=20)
-        want = np.sqrt(loss) * noise_multiplier(5) / 100
+        loss = toeplitz.loss(toeplitz.optimize_banded_toeplitz(8, 4), n=8)
+        want = np.sqrt(loss) * noise_multiplier(4) / 100
     assert job.arrays["error"][i] <= want * (1 + 1e-6)
 
 
@@ -135,7 +135,7 @@ def test_noise_multipliers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_table(job: Job):
     lines = job.out.splitlines()
-    training = "1000 examples, 20 steps with batches of 100, 2 epochs"
+    training = "400 examples, 8 steps with batches of 100, 2 epochs"
     first = lines.index(f"epsilon 0.3, delta 1e-05: {training}") + 2
     columns = (job.arrays[x] for x in ("family", "size", "noise_kept", "error"))
     of_mechanisms: dict[Any, list[Any]] = {}
@@ -163,9 +163,9 @@ BAD: dict[str, Any] = {
     ARGV + " --momentum 0 0.9": "--momentum: one for a privacy budget",
     ARGV + " --epochs 1 2": "--epochs: one for a privacy budget",
     ARGV + " --epsilon 0": "--epsilon: must be a number above 0",
-    ARGV + " --batch-size 1001": "--batch-size: must be at most `examples`, 1000",
+    ARGV + " --batch-size 401": "--batch-size: must be at most `examples`, 400",
     ARGV
-    + " --bands 11": "--bands: sampling allows at most 10 bands, the number of steps",
+    + " --bands 5": "--bands: sampling allows at most 4 bands, the number of steps",
 }
 
 
