@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -398,18 +399,30 @@ def files(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a job has had Ctrl-C, when all is solved and nothing is written."""
+    out = tmp_path_factory.mktemp("solved")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        # Fixtures of a module come before the marker that sets these.
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         patch.setattr("jaxmf_opt.cli.main._write", stop)
-        _, err = ended(130, RESUMED, tmp_path)
+        _, err = ended(130, RESUMED, out)
     assert "the same command goes on from here" in err
-    return tmp_path
+    return out
+
+
+@pytest.fixture
+def interrupted(solved: Path, tmp_path: Path) -> Path:
+    """A copy of it, that may be changed."""
+    return shutil.copytree(solved, tmp_path, dirs_exist_ok=True)
 
 
 class TestUnfinished:
