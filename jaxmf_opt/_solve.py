@@ -60,7 +60,7 @@ def solve(
     history: bool = False,
     throw: bool = False,
 ) -> Solution:
-    """Minimises a loss, and returns all there is to know about the run.
+    """Minimises a loss, and returns an `optimistix.Solution`.
 
     Under `jax.jit`, the whole solution can be returned. Under `jax.vmap`, every lane
     has its own: one that fails takes nothing from the others.

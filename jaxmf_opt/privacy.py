@@ -19,7 +19,7 @@ __all__ = ["Budget"]
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """A training, and how private it has to be: (epsilon, delta)-DP for each example.
+    """A training set-up and its privacy budget, (epsilon, delta)-DP for each example.
 
     Attributes:
       examples: The size of the data set.

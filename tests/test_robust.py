@@ -300,7 +300,7 @@ class TestWhole:
         def loss(y: Any) -> Any:
             return jnp.sum(jnp.cosh(y - 1.0))
 
-        options = {**OPTIONS, "gtol": 0.0}
+        options = {**OPTIONS, "rtol": 0.0, "gtol": 0.0}
         solution = solve(loss, np.zeros(3), **options)
         assert solution.result == optx.RESULTS.successful
         assert solution.stats["num_steps"] < 50

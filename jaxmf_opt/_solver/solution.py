@@ -39,7 +39,8 @@ class Solution(optx.Solution[Any, Any]):
       stats: Numbers about the run.
       state: A `SolverState`, to go on from.
       loss: The loss at `value`, float64 also where `stats` has it in float32.
-      hyperparam_axes: Of a sweep, where each leaf of its hyperparameters has its lanes.
+      hyperparam_axes: Of a sweep, where each leaf of its hyperparameters has its lanes;
+        None if all have them in front.
     """
 
     loss: Any = None

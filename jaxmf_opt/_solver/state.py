@@ -47,7 +47,7 @@ class Evaluated(NamedTuple):
 
 
 class History(NamedTuple):
-    """A row for each step; NaN in the rows of steps that were not taken.
+    """Losses, gradient norms and step sizes of all steps; NaN for steps not taken.
 
     Attributes:
       loss: The loss where the step started.
@@ -133,7 +133,7 @@ class MinimiserState(eqx.Module, Generic[Y, Aux]):
 
 
 class SolverState(NamedTuple):
-    """All that a solve needs to go on.
+    """The state of a solve, from which another call resumes it.
 
     Attributes:
       params: The current point, float64.

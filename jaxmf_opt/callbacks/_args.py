@@ -15,7 +15,7 @@ from .._jax.pickling import reduced
 
 
 class Lane:
-    """One solve of those that a callback sees: a key for what it keeps about each.
+    """Which solve of a batch called the callback; a key for what is kept for each.
 
     Every solve has its own, and each lane of a batched one. Lanes compare by identity
     and live as long as the solve runs, so they suit a `weakref.WeakKeyDictionary`.

@@ -207,7 +207,7 @@ class Progress:
 
 
 class Record(NamedTuple):
-    """What a `Recorder` knows of one solve, one element a step.
+    """The losses, gradient norms and times of the steps of one solve.
 
     Attributes:
       lane: Where the solve is in its batch; () outside of one.

@@ -34,7 +34,7 @@ _FAMILIES = {
 
 
 class SavedMechanism(NamedTuple):
-    """What a file of `save` has in it.
+    """A mechanism as it was saved: parameters, sensitivity, budget, noise multiplier.
 
     Attributes:
       mechanism: The set-up: participation, objective and workload are in it.

@@ -16,7 +16,7 @@ from ._bands import BandedMechanism
 
 
 class BandedInverseToeplitz(BandedMechanism):
-    """Mechanisms whose strategy is Toeplitz and whose noise is correlated by bands.
+    """Toeplitz strategies whose inverse, the noising matrix, is banded.
 
     The parameters are the leading coefficients of the inverse of the strategy, one for
     each band; the others are 0. Noise is correlated by that inverse: training keeps the

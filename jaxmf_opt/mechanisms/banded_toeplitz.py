@@ -17,7 +17,7 @@ from ._bands import BandedMechanism
 
 
 class BandedToeplitz(BandedMechanism):
-    """Mechanisms whose strategy is Toeplitz and has a number of bands.
+    """Banded Toeplitz strategies (DP-BandMF).
 
     The parameters are the leading coefficients of the strategy, one for each band; the
     others are 0. Noise is correlated by the inverse: for that, training keeps the

@@ -35,7 +35,7 @@ from ._setup import (
 
 
 class Buffers(NamedTuple):
-    """What a training needs to correlate its noise.
+    """The decay rates and scales of a BLT, by which training correlates its noise.
 
     The strategy has the coefficients `c_0 = 1` and
     `c_t = sum_i output_scale[i] * buf_decay[i] ** (t - 1)`.
@@ -56,7 +56,7 @@ class Buffers(NamedTuple):
 
 
 class BufferedToeplitz(ToeplitzMechanism):
-    """Mechanisms whose strategy and its inverse are sums of a few exponentials.
+    """Buffered linear Toeplitz (BLT): strategies that are sums of a few exponentials.
 
     Noise is correlated with as many buffers of the size of the model as there are
     exponentials, however long the training is.

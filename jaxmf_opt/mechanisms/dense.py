@@ -38,7 +38,7 @@ from ._setup import (
 
 
 class Dense(eqx.Module):
-    """Mechanisms with any lower-triangular matrix as strategy.
+    """Dense lower-triangular strategies.
 
     The parameters are the Gram matrix `X = C^T C` of the strategy, in which the problem
     is convex. Optimize them by `loss_and_gradient` and `grad=True`. The gradient is

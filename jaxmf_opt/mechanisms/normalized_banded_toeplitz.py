@@ -16,7 +16,7 @@ from .banded_toeplitz import BandedToeplitz
 
 
 class NormalizedBandedToeplitz(BandedToeplitz):
-    """Mechanisms whose strategy is banded Toeplitz, with columns scaled to norm 1.
+    """Banded Toeplitz strategies whose columns are scaled to norm 1.
 
     The last `bands - 1` columns of a banded Toeplitz strategy are cut off at the end of
     training, so they have smaller norms than the others: there is more noise than

@@ -41,7 +41,7 @@ class _Search(NamedTuple):
 
 
 class SearchProgress(NamedTuple):
-    """What a line search has seen so far.
+    """The state of the line search between steps: how long since it made progress.
 
     Attributes:
       largest: The largest absolute value.

@@ -15,7 +15,7 @@ from ._linesearch import scale_by_weak_wolfe_linesearch
 
 
 class RobustOptimizer(optax.GradientTransformationExtraArgs):
-    """What `robust_lbfgs` makes. Its line search begins each time in the same way."""
+    """The optax transformation that `robust_lbfgs` returns."""
 
     def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
         """Whether an update that has led to a state will repeat itself for ever.
@@ -39,7 +39,7 @@ class RobustOptimizer(optax.GradientTransformationExtraArgs):
 def robust_lbfgs(
     memory_size: int = 40, max_linesearch_steps: int = 40, curv_rtol: float = 0.9
 ) -> RobustOptimizer:
-    """L-BFGS with the remedies and the line search of this module.
+    """L-BFGS for losses that are steep, badly scaled or kinked.
 
     Args:
       memory_size: The number of pairs that L-BFGS keeps.

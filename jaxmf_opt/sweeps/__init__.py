@@ -1,6 +1,8 @@
 """Many solves as one job, and tables and plots of them."""
 
-from . import plots
+import importlib
+from typing import Any
+
 from ._collect import SweepInterrupted
 from ._sweep import sweep
 from ._table import SweepTable, best_lane, failed_lanes, table
@@ -18,3 +20,10 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the plots where they are used, as they need matplotlib."""
+    if name == "plots":
+        return importlib.import_module(".plots", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,7 @@ from ._width import narrower_widths
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a sweep.
+    """Raised by Ctrl-C during a sweep; has the solution of the finished lanes.
 
     Attributes:
       lanes: The lanes that have ended, of those of this process, in order.

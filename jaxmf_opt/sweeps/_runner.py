@@ -194,16 +194,17 @@ class BatchRunner:
         rows = lambda x: as_numpy(x)[:count]  # noqa: E731
         solution, state = jax.tree.map(rows, (solution, state))
         if alarms():
-            self._raise_alarm(block, solution, state)
+            self._raise_alarm(block, solution, state, running[:count])
         for lane in block.lanes[~running[:count]]:
             self._lane_objects.pop(int(lane), None)
         return Outcome(solution, state, running[:count])
 
     def _raise_alarm(
-        self, block: Block, solution: Solution, state: SolverState
+        self, block: Block, solution: Solution, state: SolverState, running: np.ndarray
     ) -> None:
         """Raises JAX's alarm for the first lane whose solve is not finite."""
-        started = state.minimiser.step > 0
+        # (With a tolerance, one that is not finite where it starts makes no step.)
+        started = (state.minimiser.step > 0) | ~running
         for name in ("nan", "inf"):
             if not getattr(jax.config, f"jax_debug_{name}s"):
                 continue

@@ -77,7 +77,7 @@ def sweep(
     history: bool = False,
     throw: bool = False,
 ) -> Solution:
-    """Minimises a loss for each of many hyperparameters, as one job.
+    """Minimises a loss for each of many hyperparameters, in batches.
 
     Each lane is a `solve` of its own, of `lambda params: loss_fn(params, hyperparam)`.
     Lanes run in batches of one compiled program. A batch stops when most of its lanes
@@ -247,7 +247,8 @@ def sweep(
         with no_alarms():  # NaN are the rows of steps that were not taken
             solution = as_arrays(gather(solution, everyone), like[0])
     of_leaves = axis_of_each_leaf("hyperparams", hyperparams, axes[1])
-    solution = dataclasses.replace(solution, hyperparam_axes=tuple(of_leaves))
+    if any(axis != 0 for axis in of_leaves):
+        solution = dataclasses.replace(solution, hyperparam_axes=tuple(of_leaves))
     return throw_failure(solution) if throw else solution
 
 

@@ -48,6 +48,7 @@ SOUND: dict[str, Callable[[], Any]] = {
         lambda: optimize(loss, START, callback=lambda _: False)
     )(),
     "sweep": lambda: sweep(loss, START, LANES, history=True, gtol=1e-3),
+    "sweep of no steps": lambda: sweep(loss, START, LANES, max_optimizer_steps=0),
     "sweep, callback": lambda: sweep(
         loss, START, LANES, callback=lambda _: False, max_optimizer_steps=9
     ),
@@ -71,6 +72,7 @@ def test_an_alarm_where_the_loss_is_not(alarm: float):
         lambda: optimize(bad, start),
         lambda: optimize(bad, start, callback=lambda info: steps.append(info.step)),
         lambda: sweep(bad, start, LANES),
+        lambda: sweep(bad, start, LANES, rtol=0.0),
     ]
     for call in calls:
         with pytest.raises(FloatingPointError):

@@ -38,6 +38,7 @@ def loss(y: jax.Array, c: jax.Array) -> jax.Array:
 
 def run(c: Any, callback: Any, limit: int = 8, **options: Any) -> Any:
     options = {"callback": callback, "max_optimizer_steps": limit, **options}
+    options = {"rtol": 0.0, **options}
     return solve(lambda y: loss(y, c), jnp.zeros(2), **options)
 
 
@@ -183,7 +184,7 @@ def wait(info):
         sys.stdin.read()
 c = np.array([0.25, 1.0])
 loss = lambda y: jnp.sum(jnp.cosh(y - c)) + jnp.sum((y - c) ** 4)
-solution = solve(loss, np.zeros(2), max_optimizer_steps=12,
+solution = solve(loss, np.zeros(2), max_optimizer_steps=12, rtol=0.0,
     callback=combine(checkpoint, wait), state=checkpoint.load())
 print(*map(float.hex, map(float, solution.state.params)))
 """

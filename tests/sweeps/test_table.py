@@ -144,14 +144,17 @@ class TestTable:
     def test_axes_are_those_of_the_sweep(self):
         """What all lanes have in common is no column."""
 
-        def swept(hyperparams: Any, in_axes: Any, start: Any = START) -> Any:
+        def swept(
+            hyperparams: Any, in_axes: Any, start: Any = START, other: Any = None
+        ) -> Any:
             def loss(y: Any, _: Any) -> Any:
                 return jnp.sum(y**2)
 
             solution = sweep(
                 loss, start, hyperparams, in_axes=in_axes, max_optimizer_steps=1
             )
-            got = dict(table(pickle.loads(pickle.dumps(solution)), hyperparams))
+            solution = pickle.loads(pickle.dumps(solution))
+            got = dict(table(solution, hyperparams if other is None else other))
             return {k: x for k, x in got.items() if k not in ("lane", *LAST)}
 
         want = {f"hyperparam[{i}]": PAIRS[:, i] for i in range(2)}
@@ -163,8 +166,8 @@ class TestTable:
         # Lanes may differ in their starting points only.
         for none, axes in ((None, (0, None)), (None, 0), (np.ones(99), (0, None))):
             assert swept(none, axes, np.ones((3, 2))) == {}
-        with pytest.raises(ValueError, match="of 2 leaves, got 3"):
-            table(sweep(ending, START, HYPERPARAMS, **OPTIONS), HYPERPARAMS | {"d": 1})
+        with pytest.raises(ValueError, match="of 1 leaves, got 2"):
+            swept(PAIRS.T, (None, 1), other=(PAIRS.T, PAIRS.T))
 
     @pytest.mark.parametrize("name", ["lane", "loss", "status", "a.b"])
     def test_names_that_are_taken(self, name: str):
