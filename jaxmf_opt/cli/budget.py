@@ -18,6 +18,9 @@ from ..mechanisms._saved import write
 from ..privacy import Budget
 from .job import FAMILIES, found
 
+# Up to so many steps matrices are tried, too.
+_FEW = 128
+
 _GIVEN = ("examples", "batch_size", "epsilon", "delta")
 
 COLUMNS = """\
@@ -99,7 +102,10 @@ def of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget | No
     most = budget.steps_per_epoch
     args.steps = [budget.steps]
     args.momentum = args.momentum or [0.0]
-    args.family = args.family or ["normalized-banded-toeplitz", "blt"]
+    if not args.family:
+        args.family = ["normalized-banded-toeplitz", "blt"]
+        if budget.steps <= _FEW:  # of which matrices take seconds
+            args.family += ["column-normalized-banded", "dense"]
     args.buffers = args.buffers or [1, 2, 3, 4]
     if args.bands is None:
         args.bands = [b for b in range(1, most + 1) if budget.steps % b == 0]

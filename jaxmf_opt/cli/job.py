@@ -79,6 +79,7 @@ class Family:
       kept: How many vectors of noise, as large as the model, training keeps, of a size
         and of what training needs.
       has_grad: Whether the loss comes with its gradient.
+      is_matrix: Whether parameters are matrices over steps.
       grows: Whether the optimum of one size is the start for the next larger one, which
         need not be of use.
       can_be_amplified: Whether sampling amplifies its privacy, with as many bands as an
@@ -93,6 +94,7 @@ class Family:
     needed: Callable[[Any, Array], dict[str, Array]]
     kept: Callable[[int, dict[str, Array]], int]
     has_grad: bool = False
+    is_matrix: bool = False
     grows: bool = False
     can_be_amplified: bool = False
     starts_in_closed_form: bool = False
@@ -118,6 +120,16 @@ def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> 
     del options["fixed_epochs"]  # which are what it is for
     matrix = workloads.matrix(workload_coef)
     return Dense(most.n, workload_matrix=matrix, **options)
+
+
+def _make_column_normalized(
+    s: SetUp, most: SetUp, workload_coef: Array, **options: Any
+) -> Dense:
+    del options["fixed_epochs"]  # of which its sensitivity does not depend
+    matrix, bands = workloads.matrix(workload_coef), s.size
+    return Dense(
+        most.n, bands=bands, equal_norm=True, workload_matrix=matrix, **options
+    )
 
 
 def _strategy_of_norm_1(m: Any, params: Array) -> dict[str, Array]:
@@ -160,6 +172,17 @@ FAMILIES = {
         kept=lambda size, parts: int(np.count_nonzero(parts["output_scale"])),
         grows=True,
     ),
+    "column-normalized-banded": Family(
+        sizes="bands",
+        make=_make_column_normalized,
+        static=lambda s: s.n,
+        needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
+        kept=lambda size, parts: size - 1,
+        has_grad=True,
+        is_matrix=True,
+        can_be_amplified=True,
+        batch_size=1,
+    ),
     "dense": Family(
         sizes="rows",
         make=_make_dense,
@@ -167,6 +190,7 @@ FAMILIES = {
         needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
         kept=lambda size, parts: size - 1,
         has_grad=True,
+        is_matrix=True,
         # Steps are long, so no lane should wait for another.
         batch_size=1,
     ),
@@ -292,7 +316,7 @@ def found(
       sampled: Whether examples are sampled, so that one participation counts.
     """
     params = outcome.params
-    if family.sizes == "bands":
+    if family.sizes == "bands" and not family.is_matrix:
         params = params[: s.size]
     elif family.grows:  # to what was of use
         s = s._replace(size=params.size // 2)

@@ -38,6 +38,8 @@ families:
   banded-inverse-toeplitz  BandInvMF, BISR (arXiv 2505.12128): little memory
   blt                      buffered linear Toeplitz (arXiv 2404.16706): least memory
   dense                    any matrix (arXiv 2306.08153): the least error, for few steps
+  column-normalized-banded  banded matrices (arXiv 2306.08153), for few steps: can be
+                           amplified by sampling
 
 With a privacy budget (--examples, --batch-size, --epochs, --epsilon, --delta) it is one
 training. Then the noise multipliers come from dp-accounting, also for banded mechanisms
@@ -233,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=count,
         metavar="N",
-        help="numbers of training steps (default: 500 2000 8000; with dense 64 256)",
+        help="numbers of training steps (default: 500 2000 8000; with matrices 64 256)",
     )
     add(
         "--epochs",
@@ -311,8 +313,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget 
     args.bands = args.bands or [4, 16, 64]
     args.buffers = args.buffers or [2, 4]
     is_dense = "dense" in args.family
+    has_matrices = any(FAMILIES[name].is_matrix for name in args.family)
     if args.steps is None:
-        args.steps = [64, 256] if is_dense else [500, 2000, 8000]
+        args.steps = [64, 256] if has_matrices else [500, 2000, 8000]
     steps, epochs = min(args.steps), max(args.epochs)
     has_bands = any(FAMILIES[name].sizes == "bands" for name in args.family)
     if has_bands and max(args.bands) > steps:
@@ -321,20 +324,21 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget 
             f"number of training steps, {steps}"
         )
     apart = min(n // k for n, k in itertools.product(args.steps, args.epochs))
-    is_normalized = "normalized-banded-toeplitz" in args.family
-    if is_normalized and epochs > 1 and max(args.bands) > apart > 0:
-        parser.error(
-            f"argument --bands: with normalized-banded-toeplitz at most {apart}, the "
-            f"steps of the shortest epoch; got {max(args.bands)}"
-        )
+    for name in args.family:
+        is_normalized = "normalized" in name
+        if is_normalized and epochs > 1 and max(args.bands) > apart > 0:
+            parser.error(
+                f"argument --bands: with {name} at most {apart}, the steps of the "
+                f"shortest epoch; got {max(args.bands)}"
+            )
     if epochs > steps:
         parser.error(
             f"argument --epochs: {epochs} epochs are more than the smallest number of "
             f"training steps, {steps}"
         )
-    if is_dense and max(args.steps) > _MAX_DENSE:
+    if has_matrices and max(args.steps) > _MAX_DENSE:
         parser.error(
-            f"argument --steps: dense matrices have at most {_MAX_DENSE} rows here, "
+            f"argument --steps: matrices have at most {_MAX_DENSE} rows here, "
             f"got {max(args.steps)} training steps"
         )
     for n, k in itertools.product(args.steps, args.epochs):

@@ -18,6 +18,7 @@ _STYLES = {
     "normalized-banded-toeplitz": "D-",
     "banded-inverse-toeplitz": "s--",
     "blt": "^:",
+    "column-normalized-banded": "p-",
     "dense": "*-",
 }
 
@@ -118,7 +119,7 @@ def plot_budget(choices: Sequence[Any], path: Path) -> None:
 def _strategy_coef(line: Any, length: int) -> np.ndarray:
     """The first column of a strategy, without zeros at its end."""
     mechanism = line.outcome.mechanism
-    if line.family == "dense":
+    if "strategy_matrix" in mechanism:
         return mechanism["strategy_matrix"][:length, 0]
     if line.family == "blt":
         powers = mechanism["buf_decay"] ** np.arange(length - 1)[:, None]

@@ -1,11 +1,14 @@
 """Many solves as one job, and tables and plots of them."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._collect import SweepInterrupted
 from ._sweep import sweep
 from ._table import SweepTable, best_lane, failed_lanes, table
+
+if TYPE_CHECKING:
+    from . import plots
 
 __all__ = [
     "SweepInterrupted",

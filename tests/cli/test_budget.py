@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from jax_privacy.matrix_factorization import dense, sensitivity, toeplitz
+from jax_privacy.matrix_factorization import banded, dense, sensitivity, toeplitz
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
@@ -52,21 +52,31 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         jax.numpy_rank_promotion("allow"),
     ):
         patch.setattr(plt, "close", figures.append)
-        main([*ARGV.split(), "--buffers", "1", "--out", str(directory)])
+        families = "--family normalized-banded-toeplitz blt column-normalized-banded"
+        options = f"{ARGV} {families} --buffers 1"
+        main([*options.split(), "--out", str(directory)])
     with np.load(directory / "budget.npz") as file:
         arrays = {name.removeprefix("budget/"): x for name, x in file.items()}
     return Job(out.getvalue(), directory, arrays, figures[0])
 
 
+def amplified(job: Job, bands: int) -> int:
+    """Where the amplified Toeplitz strategy with so many bands stands."""
+    names = ("family", "size", "amplified")
+    rows = list(zip(*(job.arrays[name].tolist() for name in names), strict=True))
+    return rows.index(("normalized-banded-toeplitz", bands, True))
+
+
 def test_all_divisors_are_there(job: Job):
     names = ("family", "size", "amplified")
     got = set(zip(*(job.arrays[name].tolist() for name in names), strict=True))
-    banded = {
-        ("normalized-banded-toeplitz", b, sampled)
+    of_bands = {
+        (family, b, sampled)
+        for family in ("normalized-banded-toeplitz", "column-normalized-banded")
         for b in (1, 2, 4)
         for sampled in (False, True)
     }
-    assert got == banded | {("blt", 1, False)}
+    assert got == of_bands | {("blt", 1, False)}
 
 
 def test_noise_multipliers_are_those_of_the_library(job: Job):
@@ -102,16 +112,27 @@ def test_files_hold_the_front_and_its_errors(job: Job):
 
 def test_it_is_as_good_as_jax_privacy(job: Job):
     """For as much noise. (Each number of bands is compiled, so only one.)"""
-    (i,) = np.flatnonzero(job.arrays["amplified"] & (job.arrays["size"] == 4))
+    i = amplified(job, 4)
     with jax.enable_x64():
         loss = toeplitz.loss(toeplitz.optimize_banded_toeplitz(8, 4), n=8)
         want = np.sqrt(loss) * noise_multiplier(4) / 100
     assert job.arrays["error"][i] <= want * (1 + 1e-6)
 
 
+def test_matrices_are_as_good_as_jax_privacys(job: Job):
+    """And at least as good as Toeplitz ones."""
+    i = amplified(job, 4)
+    of = [job.arrays[x] for x in ("family", "size", "amplified")]
+    (j,) = np.flatnonzero((of[0] == "column-normalized-banded") & (of[1] == 4) & of[2])
+    with jax.enable_x64():
+        loss = banded.per_query_error(banded.optimize(8, bands=4)).mean()
+        want = np.sqrt(float(loss)) * noise_multiplier(4) / 100
+    assert job.arrays["error"][j] <= min(want * (1 + 1e-6), job.arrays["error"][i])
+
+
 def test_closed_forms_are_those_of_jax_privacy(job: Job):
     """The square root of the workload, cut at as many bands, columns of norm 1."""
-    (i,) = np.flatnonzero(job.arrays["amplified"] & (job.arrays["size"] == 2))
+    i = amplified(job, 2)
     with jax.enable_x64():
         coef = toeplitz.optimal_max_error_strategy_coefs(2)
         c = toeplitz.materialize_lower_triangular(coef, BUDGET.steps)

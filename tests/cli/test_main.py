@@ -339,7 +339,7 @@ BAD_ARGUMENTS: dict[str, str] = {
     "--family blt --steps 8 --epochs 1 9": "--epochs: 9 epochs are more than",
     "--family dense --steps 12 8 --epochs 3": "--epochs: with dense, 3 epochs must",
     "--family normalized-banded-toeplitz --epochs 1 8": "--bands: with normalized-",
-    "--family dense --steps 8 1025": "--steps: dense matrices have at most 1024 rows",
+    "--family dense --steps 8 1025": "--steps: matrices have at most 1024 rows",
     "--epochs 1 0.5": "--epochs: must be a whole number of at least 1 and below",
     "--buffers 2 16": "--buffers: must be a whole number of at least 1 and below 16",
     "--momentum 0 1": "--momentum: must be a number of at least 0 and below 1, got '1'",
