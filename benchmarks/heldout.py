@@ -88,14 +88,14 @@ def cutest() -> None:
     problems = [
         p for p in unconstrained_cutest(LARGEST) if jnp.size(p.start) > MAX_SIZE
     ]
-    results = run_cutest(peers, problems)
+    results: dict[str, dict[str, Any]] = {name: {} for name in peers}
     for problem in problems:
-        ends = {name: of[problem.name] for name, of in results.items()}
-        cells = (
-            f"{name} {end['evaluations'] if end['solved'] else '-'}"
-            for name, end in ends.items()
-        )
-        print(f"{problem.name:<12}", *cells)
+        cells = []
+        for name, ends in run_cutest(peers, [problem]).items():
+            results[name] |= ends
+            end = ends[problem.name]
+            cells.append(f"{name} {end['evaluations'] if end['solved'] else '-'}")
+        print(f"{problem.name:<12}", *cells, flush=True)
     for name, (solved, false, evaluations) in report.of_cutest(results).items():
         print(
             f"{name}: solved {solved} of {len(problems)}, false convergence {false}, "

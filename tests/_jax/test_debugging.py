@@ -70,6 +70,7 @@ def test_an_alarm_where_the_loss_is_not(alarm: float):
     start = jnp.ones(3)
     calls: list[Callable[[], Any]] = [
         lambda: optimize(bad, start),
+        lambda: optimize(bad, start, rtol=1e-8),
         lambda: optimize(bad, start, callback=lambda info: steps.append(info.step)),
         lambda: sweep(bad, start, LANES),
         lambda: sweep(bad, start, LANES, rtol=0.0),
