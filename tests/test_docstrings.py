@@ -67,6 +67,21 @@ def test_help_and_completion_show_what_is_public(module: ModuleType):
         assert re.search(rf"\b{name}\b", text)
 
 
+def test_options_have_one_order_and_one_default():
+    """But for `optimize`, whose tolerances are off, as upstream has none."""
+    functions = (jaxmf_opt.optimize, jaxmf_opt.solve, jaxmf_opt.sweep)
+    of_optimize, of_solve, of_sweep = (
+        inspect.signature(fn).parameters for fn in functions
+    )
+    for others in (of_optimize, of_sweep):
+        shared = [name for name in others if name in of_solve]
+        assert shared == [name for name in of_solve if name in others]
+        for name in shared:
+            if name == "rtol" and others is of_optimize:
+                continue
+            assert others[name].default == of_solve[name].default, name
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_has_a_docstring_with_an_example(name: str):
     doc = PUBLIC[name].__doc__
