@@ -33,13 +33,16 @@ RCOND = 1e-13
 # Up to this condition a matrix, scaled like that, is regular, and simply inverted.
 _REGULAR = 1e10
 
-# A matrix in float32 whose condition is above this may be singular but for rounding.
-_REGULAR_IN_FLOAT32 = 1e4
+# A matrix in float32 whose condition is above this may be singular but for rounding, or
+# in half precision.
+_REGULAR_IN_FLOAT32, _REGULAR_IN_HALF = 1e4, 4.0
 
 
-def as_matrix(product: Callable[[Array], Array], n: int) -> Float[Array, "n n"]:
+def as_matrix(
+    product: Callable[[Array], Array], n: int, dtype: Any = float
+) -> Float[Array, "n n"]:
     """The matrix of a linear function, some columns at a time."""
-    eye = jnp.eye(n)
+    eye = jnp.eye(n, dtype=dtype)
     if n <= _COLUMNS:
         return jax.vmap(product, out_axes=1)(eye)
     return jax.lax.map(product, eye, batch_size=_COLUMNS).T
@@ -100,7 +103,9 @@ def _group_inverse(
             lambda: _inverse_on_range(scaled, rows, columns, symmetric),
         )
     else:
-        inverse = jnp.where(condition <= _REGULAR_IN_FLOAT32, in_units, jnp.nan)
+        is_float32 = dtype == jnp.float32
+        limit = _REGULAR_IN_FLOAT32 if is_float32 else _REGULAR_IN_HALF
+        inverse = jnp.where(condition <= limit, in_units, jnp.nan)
     inverse = without_null(without_null(inverse, null).T, null).T
     return jnp.where(absent[:, None] | absent[None, :], 0.0, inverse).astype(dtype)
 

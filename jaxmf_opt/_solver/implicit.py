@@ -157,6 +157,9 @@ def tangent_of_minimum(
       The tangent of `y`, in which the result is linear.
     """
     flat, unravel = ravel_pytree(y)
+    # Of leaves of several dtypes the Hessian is as exact as the coarsest.
+    dtypes = [x.dtype for x in jax.tree.leaves(y)]
+    coarsest = max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
 
     def gradient(flat: Float[Array, " n"], captured: Any) -> Float[Array, " n"]:
         return ravel_pytree(program.gradient(unravel(flat), captured))[0]
@@ -183,11 +186,15 @@ def tangent_of_minimum(
         null = _null_vector(*jax.lax.stop_gradient(of_y))
     if linear_solver is None and flat.size <= DIRECT_SIZE:
         derivative = linearize(lambda x: gradient(x, captured), flat)
-        matrix = as_matrix(derivative, flat.size)
-        if minimum is not None and flat.dtype != jnp.float64:
-            known = _null_of_matrix(*jax.lax.stop_gradient((matrix, *minimum)))
+        matrix = as_matrix(derivative, flat.size, flat.dtype).astype(coarsest)
+        if minimum is not None and coarsest != jnp.float64:
+            of_matrix = (matrix.astype(flat.dtype), *minimum)
+            known = _null_of_matrix(*jax.lax.stop_gradient(of_matrix))
             null = jnp.where(jnp.any(null != 0), null, known)
-        return unravel(-group_inverse(matrix, null, symmetric) @ rhs)
+        inverse = group_inverse(matrix, null, symmetric).astype(flat.dtype)
+        return unravel(-inverse @ rhs)
+    if coarsest != flat.dtype:  # which products do not tell apart
+        return unravel(jnp.nan * rhs)
     system = MatrixFree(product, symmetric, linear_solver, flat.dtype)
     return unravel(-system.solve(point, null, rhs, minimum))
 

@@ -87,12 +87,13 @@ class MatrixFree:
     ) -> "_Known":
         # A masked parameter has a gradient of 0 wherever it is. A row is seen to be 0
         # by its product with any vector that is orthogonal to no other row.
-        mask = jnp.where(self.product(point, _random(n)) == 0, 0.0, 1.0)
+        probe = _random(n).astype(self.dtype)
+        mask = jnp.where(self.product(point, probe) == 0, 0.0, 1.0).astype(self.dtype)
         product = lambda v: mask * self.product(point, mask * v)  # noqa: E731
         null = unit(mask * null)
-        units, is_scaled = _units(product, n)
+        units, is_scaled = _units(product, n, self.dtype)
         scaled = lambda v: units * product(units * v)  # noqa: E731
-        size = _norm_of(scaled, n)
+        size = _norm_of(scaled, n, self.dtype)
         if minimum is not None:
             # (Of such a loss this is 0 at every `y`.)
             y, gradient = minimum
@@ -297,7 +298,9 @@ class _At(NamedTuple):
     known: _Known
 
 
-def _units(product: Callable[[Array], Array], n: int) -> tuple[Array, Bool[Array, ""]]:
+def _units(
+    product: Callable[[Array], Array], n: int, dtype: Any
+) -> tuple[Array, Bool[Array, ""]]:
     """Units for the variables, and whether they are other than 1.
 
     By products with random vectors: Bradley, Algorithms for the equilibration of
@@ -310,7 +313,7 @@ def _units(product: Callable[[Array], Array], n: int) -> tuple[Array, Bool[Array
         size = jnp.sqrt(jnp.mean(moved**2, axis=0))
         return units * jnp.where(size > 0, size, 1.0) ** -0.5
 
-    units = jax.lax.fori_loop(0, 24, once, jnp.ones(n))
+    units = jax.lax.fori_loop(0, 24, once, jnp.ones(n, dtype))
     is_scaled = jnp.max(units) > 1e3 * jnp.min(units)
     return jnp.where(is_scaled, units, 1.0), is_scaled
 
@@ -329,9 +332,9 @@ def _compute(
     return solver.compute(solver.init(operator, {}), b, {})[0]
 
 
-def _norm_of(product: Callable[[Array], Array], n: int) -> Array:
+def _norm_of(product: Callable[[Array], Array], n: int, dtype: Any) -> Array:
     """About the largest singular value, by power iteration."""
-    start = _random(n)
+    start = _random(n).astype(dtype)
     transpose = jax.linear_transpose(product, start)
 
     def once(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -341,7 +344,7 @@ def _norm_of(product: Callable[[Array], Array], n: int) -> Array:
         w = transpose(moved)[0]
         return jnp.where(jnp.linalg.norm(w) > 0, w, v), jnp.linalg.norm(moved)
 
-    return jax.lax.fori_loop(0, 8, once, (start, jnp.zeros(())))[1]
+    return jax.lax.fori_loop(0, 8, once, (start, jnp.zeros((), dtype)))[1]
 
 
 def _random(n: int) -> Array:

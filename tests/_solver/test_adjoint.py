@@ -177,12 +177,49 @@ def test_is_refused_where_systems_are_of_another_kind():
         )
 
 
+@pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_our_minimiser_takes_parameters_of_any_precision(dtype: Any, x64: bool):
+def test_parameters_of_any_precision(
+    dtype: Any, direct: bool, x64: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """By our minimiser; the derivative is right, or NaN in half precision."""
     del x64
-    start = jnp.zeros(3, dtype)
-    loss = lambda y, c: jnp.sum((y - c.astype(y.dtype)) ** 2)  # noqa: E731
-    solver = LeanOptaxMinimiser(optax.lbfgs(), rtol=1e-2, atol=1e-2)
-    found = minimum(loss, start, jnp.array(1.5), solver)
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found.astype(float), 1.5, rtol=1e-2)
+    monkeypatch.setattr(implicit, "DIRECT_SIZE", 3 if direct else 0)
+
+    def found(c: Any) -> Any:
+        loss = lambda y, c: jnp.sum((y - c.astype(y.dtype)) ** 2)  # noqa: E731
+        solver = LeanOptaxMinimiser(optax.lbfgs(), rtol=1e-2, atol=1e-2)
+        return minimum(loss, jnp.zeros(3, dtype), c, solver)
+
+    y, dot = jax.jvp(found, (jnp.array(1.5),), (jnp.array(1.0),))
+    assert y.dtype == dot.dtype == dtype
+    np.testing.assert_allclose(y.astype(float), 1.5, rtol=1e-2)
+    if direct or dtype == jnp.float32 or np.isfinite(dot).all():
+        np.testing.assert_allclose(dot.astype(float), 1.0, rtol=1e-2)
+
+
+@pytest.mark.mixes
+def test_leaves_of_two_precisions_are_as_exact_as_the_coarser():
+    """A singular Hessian that only rounding makes regular gives NaN."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(6, 3)) @ rng.normal(size=(3, 5))
+
+    def of(matrix: Any) -> Any:
+        def loss(y: Any, c: Any) -> Any:
+            single, double = y
+            rest = jnp.asarray(matrix[:, :3], jnp.float32) @ single
+            rest = rest.astype(float) + jnp.asarray(matrix[:, 3:]) @ double
+            return jnp.sum((rest - c * jnp.arange(6.0)) ** 2)
+
+        start = jnp.zeros(3, jnp.float32), jnp.zeros(2)
+        solver = LeanOptaxMinimiser(optax.sgd(0.01))
+        options: Any = {"max_steps": 3, "adjoint": ADJOINT, "throw": False}
+        value = lambda c: optx.minimise(loss, solver, start, c, **options).value  # noqa: E731
+        dot = jax.jvp(value, (jnp.array(1.0),), (jnp.array(1.0),))[1]
+        return np.concatenate([np.asarray(x, float) for x in dot])
+
+    with jax.enable_x64():
+        assert np.isnan(of(rows)).all()
+        regular = rows + 3 * np.eye(6, 5)
+        want = np.linalg.lstsq(regular, np.arange(6.0))[0]
+        np.testing.assert_allclose(of(regular), want, rtol=1e-3)
