@@ -279,10 +279,9 @@ def with_matrix(options: Options) -> Options:
 def few_steps(options: Options, rng: Rng) -> Options:
     """The same, stopped after some steps, long before the minimum."""
     steps = int(rng.integers(1, 7))
-    settings = {**options.settings, "max_optimizer_steps": steps}
-    for name in ("rtol", "atol", "gtol"):
+    settings = {**options.settings, "max_optimizer_steps": steps, "rtol": 0.0}
+    for name in ("atol", "gtol"):
         settings.pop(name, None)
-    settings["rtol"] = 0.0
     resume = None if options.resume is None else min(options.resume, steps)
     name = f"{options.name}, {steps} steps"
     return dataclasses.replace(options, name=name, settings=settings, resume=resume)

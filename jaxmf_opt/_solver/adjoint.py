@@ -92,16 +92,9 @@ def _solve(
 def _tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     primal_fn, rewrite_fn, inputs, linear_solver = primals
     root, rest = _solve(primal_fn, rewrite_fn, inputs, linear_solver)
-    is_none = lambda x: x is None  # noqa: E731
     arrays, others = eqx.partition(inputs, eqx.is_array)
     captured, treedef = jax.tree.flatten(arrays)
-    moves = treedef.flatten_up_to(
-        jax.tree.map(
-            lambda x, m: None if x is None else m,
-            *(arrays, tangents[2]),
-            is_leaf=is_none,
-        )
-    )
+    moves = treedef.flatten_up_to(tangents[2])
     gradient = _Gradient(rewrite_fn, treedef, others)
     dot = tangent_of_minimum(gradient, root, captured, moves, linear_solver)
     return (root, rest), (dot, jax.tree.map(lambda _: None, rest))

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.region import x64_region
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
-from .group_inverse import as_matrix, group_inverse
+from .group_inverse import as_matrix, group_inverse, unit
 from .linear_system import MatrixFree
 from .objective import Program
 from .solution import Solution
@@ -222,8 +222,7 @@ def _null_vector(
     size = jnp.abs(slopes)
     is_free = (jnp.max(rest) <= 1e-3 * jnp.max(size)) & (jnp.max(size) > 0)
     is_free &= jnp.abs(jnp.sum(slopes)) <= 1e-3 * jnp.sum(size)
-    length = jnp.linalg.norm(y)
-    return jnp.where(is_free, y / jnp.where(is_free, length, 1.0), 0.0)
+    return jnp.where(is_free, unit(y), 0.0)
 
 
 def _null_of_matrix(
@@ -234,8 +233,7 @@ def _null_of_matrix(
     The bound is one for each element, so that it holds in all units.
     """
     moved, most = jnp.abs(matrix @ y + gradient), jnp.abs(matrix) @ jnp.abs(y)
-    is_null = jnp.all(moved <= 1e-5 * most) & jnp.any(y != 0)
-    return jnp.where(is_null, y / jnp.linalg.norm(jnp.where(is_null, y, 1.0)), 0.0)
+    return jnp.where(jnp.all(moved <= 1e-5 * most), unit(y), 0.0)
 
 
 def _linearize(fn: Callable[[PyTree], Array], x: PyTree) -> Callable[[PyTree], Array]:

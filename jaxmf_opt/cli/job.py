@@ -78,8 +78,8 @@ class Family:
       needed: What training needs, of a mechanism and its parameters.
       kept: How many vectors of noise, as large as the model, training keeps, of a size
         and of what training needs.
-      has_grad: Whether the loss comes with its gradient.
-      is_matrix: Whether parameters are matrices over steps.
+      is_matrix: Whether parameters are matrices over steps, and the loss comes with its
+        gradient.
       grows: Whether the optimum of one size is the start for the next larger one, which
         need not be of use.
       can_be_amplified: Whether sampling amplifies its privacy, with as many bands as an
@@ -93,7 +93,6 @@ class Family:
     static: Callable[[SetUp], Any]
     needed: Callable[[Any, Array], dict[str, Array]]
     kept: Callable[[int, dict[str, Array]], int]
-    has_grad: bool = False
     is_matrix: bool = False
     grows: bool = False
     can_be_amplified: bool = False
@@ -125,11 +124,8 @@ def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> 
 def _make_column_normalized(
     s: SetUp, most: SetUp, workload_coef: Array, **options: Any
 ) -> Dense:
-    del options["fixed_epochs"]  # of which its sensitivity does not depend
-    matrix, bands = workloads.matrix(workload_coef), s.size
-    return Dense(
-        most.n, bands=bands, equal_norm=True, workload_matrix=matrix, **options
-    )
+    banded = {"bands": s.size, "equal_norm": True}
+    return _make_dense(s, most, workload_coef, **banded, **options)
 
 
 def _strategy_of_norm_1(m: Any, params: Array) -> dict[str, Array]:
@@ -178,7 +174,6 @@ FAMILIES = {
         static=lambda s: s.n,
         needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
         kept=lambda size, parts: size - 1,
-        has_grad=True,
         is_matrix=True,
         can_be_amplified=True,
         batch_size=1,
@@ -189,7 +184,6 @@ FAMILIES = {
         static=lambda s: s.n,
         needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
         kept=lambda size, parts: size - 1,
-        has_grad=True,
         is_matrix=True,
         # Steps are long, so no lane should wait for another.
         batch_size=1,
@@ -286,7 +280,7 @@ def _optimized(
         start,
         columns,
         in_axes=0,
-        grad=family.has_grad,
+        grad=family.is_matrix,
         optimizer=ROBUST_OPTIMIZER,
         batch_size=family.batch_size,
         checkpoint_dir=directory,

@@ -122,6 +122,7 @@ def as_pair(in_axes: Any) -> tuple[Any, Any]:
 
 
 def axis_of_each_leaf(name: str, tree: PyTree, axes: Any) -> list[Any]:
+    """The axis over lanes of each leaf, or None; raises as `lanes_of` does."""
     every: list[Any] = []
 
     def note(axis: Any, part: PyTree) -> None:
