@@ -36,11 +36,11 @@ def optimize(
 
     The result can be differentiated, in forward and reverse mode and repeatedly, with
     respect to whatever floating-point values the loss closes over: by the implicit
-    function theorem, as if the result were an exact minimum. (Where it is not, because
-    the limit of steps was reached, the derivative is that of the point as if it were.)
-    Of a minimum that is not unique, as that of a loss that does not depend on the scale
-    of its parameters, the derivative is the one of smallest norm. With respect to the
-    starting point, the tolerances and the optimizer it is zero.
+    function theorem. It is NaN where the solve has ended so far from a minimum that the
+    Hessian there is another one. Of a minimum that is not unique, as that of a loss
+    that does not depend on the scale of its parameters, the derivative is the one of
+    smallest norm. With respect to the starting point, the tolerances and the optimizer
+    it is zero.
 
     Args:
       loss_fn: Takes parameters as float64 arrays, returns a real scalar. It may close

@@ -306,8 +306,14 @@ def _batch(
     if all(d is None for d in dims):  # as in the primal part of `jacfwd`
         out = _bind(*args, jaxpr=jaxpr, rule=rule)
         return out, [None] * len(out)
+
+    def evaluate(*args: Any) -> list[Any]:
+        # (Of a function that is made from a jaxpr by `functools.partial`, JAX prints
+        # all of that to name it, and needs more time than for the rest.)
+        return jex.jaxpr_as_fun(jaxpr)(*args)
+
     batched = jax.vmap(
-        jex.jaxpr_as_fun(jaxpr),
+        evaluate,
         in_axes=tuple(dims),
         axis_size=axis_data.size,
         axis_name=axis_data.name,

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._jax.region import x64_region
 
@@ -81,7 +81,7 @@ def _group_inverse(
     # factorisation, and then fails on its layout.
     matrix = jax.lax.optimization_barrier(matrix)
     # A variable that is in nothing is singular by itself.
-    absent = jnp.all(matrix == 0, axis=0) & jnp.all(matrix == 0, axis=1)
+    absent = _rows_of_zeros(matrix)
     null = unit(jnp.where(absent, 0.0, null))
     matrix = without_null(without_null(matrix, null).T, null).T
     matrix = matrix + jnp.diag(jnp.where(absent, 1.0, 0.0))
@@ -108,6 +108,17 @@ def _group_inverse(
         inverse = jnp.where(condition <= limit, in_units, jnp.nan)
     inverse = without_null(without_null(inverse, null).T, null).T
     return jnp.where(absent[:, None] | absent[None, :], 0.0, inverse).astype(dtype)
+
+
+def rows_of(
+    matrix: Float[Array, "n n"],
+) -> tuple[Bool[Array, " n"], Float[Array, " n"]]:
+    """Which rows and columns are 0, and factors that make the other columns alike."""
+    return _rows_of_zeros(matrix), _equilibrate(matrix)[1]
+
+
+def _rows_of_zeros(matrix: Float[Array, "n n"]) -> Bool[Array, " n"]:
+    return jnp.all(matrix == 0, axis=0) & jnp.all(matrix == 0, axis=1)
 
 
 def _inverse_on_range(
@@ -189,7 +200,7 @@ def _equilibrate(
 
         return rows * factor(scaled.max(1)), columns * factor(scaled.max(0))
 
-    ones = jnp.ones(matrix.shape[0])
+    ones = jnp.ones(matrix.shape[0], matrix.dtype)
     return jax.lax.fori_loop(0, 12, once, (ones, ones))
 
 

@@ -28,8 +28,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.region import x64_region
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
-from .group_inverse import as_matrix, group_inverse, unit
+from .group_inverse import as_matrix, group_inverse, rows_of, unit
 from .linear_system import MatrixFree
+from .near_minimum import is_near_minimum
 from .objective import Program
 from .solution import Solution
 from .spec import SolveSpec, Tolerances
@@ -172,12 +173,15 @@ def tangent_of_minimum(
     cast = lambda x, m: m.astype(x.dtype)  # noqa: E731
     rhs = linearize(of_moving, moving)(jax.tree.map(cast, moving, list(moves)))
 
+    @jax.jit  # to be traced once
     def product(point: Any, v: Float[Array, " n"]) -> Float[Array, " n"]:
         x, captured = point
         return linearize(lambda x: gradient(x, captured), x)(v)
 
     # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
     symmetric = not program.has_grad
+    system: Any
+    solve: Callable[[Any, Array], Array]
     point = (flat, list(captured))
     null, minimum = jnp.zeros_like(flat), None
     if symmetric:
@@ -192,11 +196,20 @@ def tangent_of_minimum(
             known = _null_of_matrix(*jax.lax.stop_gradient(of_matrix))
             null = jnp.where(jnp.any(null != 0), null, known)
         inverse = group_inverse(matrix, null, symmetric).astype(flat.dtype)
-        return unravel(-inverse @ rhs)
-    if coarsest != flat.dtype:  # which products do not tell apart
+        system, solve = inverse, jnp.matmul
+        rows = rows_of(jax.lax.stop_gradient(matrix))
+    elif coarsest != flat.dtype:  # which products do not tell apart
         return unravel(jnp.nan * rhs)
-    system = MatrixFree(product, symmetric, linear_solver, flat.dtype)
-    return unravel(-system.solve(point, null, rhs, minimum))
+    else:
+        matrix_free = MatrixFree(product, symmetric, linear_solver, flat.dtype)
+        system, solve = matrix_free.look(point, null, minimum), matrix_free.solve
+        rows = (system.known.mask == 0, system.known.units)
+    at_point = jax.lax.stop_gradient((point, system))
+    is_near = is_near_minimum(gradient, product, solve, *at_point, *rows)
+    dy = -jnp.where(is_near, 1.0, jnp.nan) * solve(system, rhs)
+    # JAX knows that the slopes of a kink do not change, and drops what is times that.
+    every = sum(jnp.sum(jnp.real(m)).astype(dy.dtype) for m in moves if m is not None)
+    return unravel(dy + jnp.where(is_near, 0.0, jnp.nan) * every)
 
 
 def _null_vector(

@@ -60,34 +60,38 @@ class MatrixFree:
     def _accuracy(self) -> _Accuracy:
         return _FLOAT64 if self.dtype == jnp.float64 else _FLOAT32
 
-    def solve(
+    def solve(self, system: "System", b: Float[Array, " n"]) -> Float[Array, " n"]:
+        """`A# b`, or NaN where it was not reached; differentiable in both."""
+        known = jax.lax.stop_gradient(system.known)
+        return self._solve(System(system.point, known), b)
+
+    def look(
         self,
         point: PyTree,
         null: Float[Array, " n"],
-        b: Float[Array, " n"],
         minimum: tuple[Float[Array, " n"], Float[Array, " n"]] | None = None,
-    ) -> Float[Array, " n"]:
-        """`A# b`, or NaN where it was not reached.
+    ) -> "System":
+        """The system at a point.
 
         Args:
           point: Where `A` is.
           null: As in `group_inverse`.
-          b: The right-hand side.
           minimum: The minimum at which `A` is the Hessian, and the gradient there, of
             a loss that may not depend on its scale.
 
         Returns:
-          The solution, differentiable in `point` and `b`.
+          It, with what products tell of `A`.
         """
-        known = self._look(*jax.lax.stop_gradient((point, null, minimum)), b.size)
-        return self._solve(_At(point, jax.lax.stop_gradient(known)), b)
+        known = self._look(*jax.lax.stop_gradient((point, null, minimum)))
+        return System(point, known)
 
     def _look(
-        self, point: PyTree, null: Array, minimum: tuple[Array, Array] | None, n: int
+        self, point: PyTree, null: Array, minimum: tuple[Array, Array] | None
     ) -> "_Known":
+        n = null.size
         # A masked parameter has a gradient of 0 wherever it is. A row is seen to be 0
         # by its product with any vector that is orthogonal to no other row.
-        probe = _random(n).astype(self.dtype)
+        probe = random_vectors(1, n, self.dtype)[0]
         mask = jnp.where(self.product(point, probe) == 0, 0.0, 1.0).astype(self.dtype)
         product = lambda v: mask * self.product(point, mask * v)  # noqa: E731
         null = unit(mask * null)
@@ -103,16 +107,16 @@ class MatrixFree:
             null = jnp.where(is_null & jnp.all(null == 0), unit(mask * y), null)
         return _Known(mask, null, units, is_scaled, size)
 
-    def _multiply(self, at: "_At", v: Array) -> Array:
+    def _multiply(self, at: "System", v: Array) -> Array:
         """The product, without what is masked."""
         mask = at.known.mask
         moved = self.product(at.point, (mask * v).astype(self.dtype))
         return mask * moved.astype(v.dtype)
 
-    def _solve(self, at: "_At", b: Array) -> Array:
+    def _solve(self, at: "System", b: Array) -> Array:
         return x64_region(self._apply, at, b, may_close=False, tangent=self._tangent)
 
-    def _apply(self, at: "_At", b: Array) -> Array:
+    def _apply(self, at: "System", b: Array) -> Array:
         floats = lambda x: x.astype(float) if eqx.is_inexact_array(x) else x  # noqa: E731
         at = at._replace(known=jax.tree.map(floats, at.known))
 
@@ -129,10 +133,10 @@ class MatrixFree:
         x = jax.lax.custom_linear_solve(product, rhs, solve, solve, self.symmetric)
         return x.astype(b.dtype)
 
-    def _tangent(self, at: "_At", b: Array, x: Array, dots: Any) -> Array:
+    def _tangent(self, at: "System", b: Array, x: Array, dots: Any) -> Array:
         """As that of `group_inverse`, without the matrix."""
 
-        def tangent(at: "_At", b: Array, x: Array, dots: Any) -> Array:
+        def tangent(at: "System", b: Array, x: Array, dots: Any) -> Array:
             dat, db = dots
             rhs = jnp.zeros_like(b) if db is None else db
             if not jax.tree.leaves(dat.point):
@@ -180,7 +184,7 @@ class MatrixFree:
         # units other solutions have the smallest norm, so there must be only one. In
         # those of the variables it must be in the range, and not out of proportion; the
         # system need not be solved as exactly, and cannot be if `x` is off by rounding.
-        probe = _random(b.size)
+        probe = random_vectors(1, b.size)[0]
         if self.dtype != jnp.float64:
             is_scaled = jnp.array(True)
         rtol = self._accuracy.rtol
@@ -291,7 +295,7 @@ class _Known(NamedTuple):
     size: Float[Array, ""]
 
 
-class _At(NamedTuple):
+class System(NamedTuple):
     """Where a matrix is, and what is known of it there."""
 
     point: PyTree
@@ -334,7 +338,7 @@ def _compute(
 
 def _norm_of(product: Callable[[Array], Array], n: int, dtype: Any) -> Array:
     """About the largest singular value, by power iteration."""
-    start = _random(n).astype(dtype)
+    start = random_vectors(1, n, dtype)[0]
     transpose = jax.linear_transpose(product, start)
 
     def once(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -347,8 +351,9 @@ def _norm_of(product: Callable[[Array], Array], n: int, dtype: Any) -> Array:
     return jax.lax.fori_loop(0, 8, once, (start, jnp.zeros((), dtype)))[1]
 
 
-def _random(n: int) -> Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=n))
+def random_vectors(number: int, n: int, dtype: Any = float) -> Float[Array, "_ n"]:
+    """Vectors of normal numbers, the same ones each time."""
+    return jnp.asarray(np.random.default_rng(0).normal(size=(number, n)), dtype)
 
 
 def _is_near(x: Array, y: Array, rtol: float) -> Bool[Array, ""]:

@@ -761,23 +761,6 @@ class TestNothingLeaks:
         assert_close(grad, want)
 
 
-class TestStepLimit:
-    @pytest.mark.parametrize("steps", [1, 2])
-    def test_the_derivative_is_that_of_a_minimum_there(self, steps: int):
-        def minimum(c: jax.Array) -> jax.Array:
-            return optimize(
-                lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ y,
-                jnp.zeros(2, c.dtype),
-                max_optimizer_steps=steps,
-                optimizer=optax.sgd(0.25),
-            )
-
-        c = point()
-        y, got = jax.jit(lambda c: (minimum(c), jax.jacrev(minimum)(c)))(c)
-        assert np.max(np.abs(np.asarray(y) - np.arcsinh(C))) > 0.05
-        assert_close(got, np.diag(1 / np.cosh(np.asarray(y, float))))
-
-
 def cubic(c: jax.Array) -> jax.Array:
     """The `y` of `y**3 + y = c`."""
 
