@@ -26,8 +26,8 @@ that was found. Numbers are those of the fastest such tolerance.
   momentum is, relatively, from one by linear algebra on the Hessian; milliseconds of
   it. By reverse mode, or by forward mode if that raises or is NaN.
 
-`python -m benchmarks.comparison` takes about half an hour and writes a JSON file and
-pictures into `out/`; `--quick` takes the first three problems of each kind. `--show
+`python -m benchmarks.comparison` takes half an hour to an hour and writes a JSON file
+and pictures into `out/`; `--quick` takes the first three problems of each kind. `--show
 FILE` prints the table of such a file; that in `README.md` here is of
 `benchmarks/comparison.json`.
 """
