@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._jax.select import cond
 from .linear_system import random_vectors
 
 
@@ -54,9 +55,17 @@ def is_near_minimum(
 
     def once(b: Array, is_first: Array) -> tuple[Array, tuple[Array, Array]]:
         x = solve(system, b)
-        there = y + jnp.where(is_first, jnp.where(is_absent, nudge, x), 0.0)
-        is_free = jnp.all(~is_absent | (gradient(there, captured) == 0))
-        return product((there, captured), v) - of_v, (x, is_free)
+
+        def look() -> tuple[Array, Array]:
+            there = y + jnp.where(is_absent, nudge, x)
+            is_free = jnp.all(~is_absent | (gradient(there, captured) == 0))
+            return product((there, captured), v) - of_v, is_free
+
+        def done() -> tuple[Array, Array]:
+            return b, jnp.all(b == b)  # (that varies over devices as the other does)
+
+        change, is_free = cond(is_first, look, done)
+        return change, (x, is_free)
 
     # (A loop of two turns, to be compiled once.)
     _, ((_, moved), is_free) = jax.lax.scan(once, -slope, jnp.array([True, False]))
