@@ -62,8 +62,7 @@ class MatrixFree:
 
     def solve(self, system: "System", b: Float[Array, " n"]) -> Float[Array, " n"]:
         """`A# b`, or NaN where it was not reached; differentiable in both."""
-        known = jax.lax.stop_gradient(system.known)
-        return self._solve(System(system.point, known), b)
+        return self._solve(system, b)
 
     def look(
         self,
@@ -83,7 +82,7 @@ class MatrixFree:
           It, with what products tell of `A`.
         """
         known = self._look(*jax.lax.stop_gradient((point, null, minimum)))
-        return System(point, known)
+        return System(point, jax.lax.stop_gradient(known))
 
     def _look(
         self, point: PyTree, null: Array, minimum: tuple[Array, Array] | None

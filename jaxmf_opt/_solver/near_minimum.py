@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float
 from .._jax.select import cond
 from .linear_system import random_vectors
 
+# By this part of them a step may change the solutions of linear systems.
+_MOST_CHANGE = 0.03
+
 
 def is_near_minimum(
     gradient: Callable[[Array, Any], Array],
@@ -69,4 +72,4 @@ def is_near_minimum(
 
     # (A loop of two turns, to be compiled once.)
     _, ((_, moved), is_free) = jax.lax.scan(once, -slope, jnp.array([True, False]))
-    return jnp.all(is_free) & (norm(moved / units) <= 0.03 * norm(probe))
+    return jnp.all(is_free) & (norm(moved / units) <= _MOST_CHANGE * norm(probe))
