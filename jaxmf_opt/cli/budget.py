@@ -105,7 +105,7 @@ def of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget | No
     if not args.family:
         args.family = ["normalized-banded-toeplitz", "blt"]
         if budget.steps <= _FEW:  # of which matrices take seconds
-            args.family += ["column-normalized-banded", "dense"]
+            args.family += ["column-normalized-banded", "banded", "dense"]
     args.buffers = args.buffers or [1, 2, 3, 4]
     if args.bands is None:
         args.bands = [b for b in range(1, most + 1) if budget.steps % b == 0]

@@ -121,11 +121,12 @@ def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> 
     return Dense(most.n, workload_matrix=matrix, **options)
 
 
-def _make_column_normalized(
-    s: SetUp, most: SetUp, workload_coef: Array, **options: Any
-) -> Dense:
-    banded = {"bands": s.size, "equal_norm": True}
-    return _make_dense(s, most, workload_coef, **banded, **options)
+def _make_banded_matrix(*, equal_norm: bool) -> Callable[..., Any]:
+    def make(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Dense:
+        banded = {"bands": s.size, "equal_norm": equal_norm}
+        return _make_dense(s, most, workload_coef, **banded, **options)
+
+    return make
 
 
 def _strategy_of_norm_1(m: Any, params: Array) -> dict[str, Array]:
@@ -170,12 +171,21 @@ FAMILIES = {
     ),
     "column-normalized-banded": Family(
         sizes="bands",
-        make=_make_column_normalized,
+        make=_make_banded_matrix(equal_norm=True),
         static=lambda s: s.n,
         needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
         kept=lambda size, parts: size - 1,
         is_matrix=True,
         can_be_amplified=True,
+        batch_size=1,
+    ),
+    "banded": Family(
+        sizes="bands",
+        make=_make_banded_matrix(equal_norm=False),
+        static=lambda s: s.n,
+        needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
+        kept=lambda size, parts: size - 1,
+        is_matrix=True,
         batch_size=1,
     ),
     "dense": Family(

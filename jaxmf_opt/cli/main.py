@@ -38,8 +38,9 @@ families:
   banded-inverse-toeplitz  BandInvMF, BISR (arXiv 2505.12128): little memory
   blt                      buffered linear Toeplitz (arXiv 2404.16706): least memory
   dense                    any matrix (arXiv 2306.08153): the least error, for few steps
-  column-normalized-banded  banded matrices (arXiv 2306.08153), for few steps: can be
-                           amplified by sampling
+  banded                   any banded matrix: the same with less memory
+  column-normalized-banded  the same, with columns of one norm: can be amplified by
+                           sampling
 
 With a privacy budget (--examples, --batch-size, --epochs, --epsilon, --delta) it is one
 training. Then the noise multipliers come from dp-accounting, also for banded mechanisms
@@ -312,7 +313,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget 
     args.momentum = args.momentum or [0.0, 0.9]
     args.bands = args.bands or [4, 16, 64]
     args.buffers = args.buffers or [2, 4]
-    is_dense = "dense" in args.family
+    of_epochs = [name for name in args.family if name in ("banded", "dense")]
     has_matrices = any(FAMILIES[name].is_matrix for name in args.family)
     if args.steps is None:
         args.steps = [64, 256] if has_matrices else [500, 2000, 8000]
@@ -342,10 +343,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget 
             f"got {max(args.steps)} training steps"
         )
     for n, k in itertools.product(args.steps, args.epochs):
-        if is_dense and n % k:
+        if of_epochs and n % k:
             parser.error(
-                f"argument --epochs: with dense, {k} epochs must have the same number "
-                f"of steps, got {n} training steps"
+                f"argument --epochs: with {of_epochs[0]}, {k} epochs must have the "
+                f"same number of steps, got {n} training steps"
             )
     try:
         args.out.mkdir(parents=True, exist_ok=True)

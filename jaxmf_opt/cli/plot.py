@@ -19,6 +19,7 @@ _STYLES = {
     "banded-inverse-toeplitz": "s--",
     "blt": "^:",
     "column-normalized-banded": "p-",
+    "banded": "h-",
     "dense": "*-",
 }
 

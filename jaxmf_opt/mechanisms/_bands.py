@@ -17,6 +17,7 @@ from ._setup import (
     Static,
     Vector,
     check_bands,
+    known,
     steps,
 )
 
@@ -94,6 +95,10 @@ class BandedMechanism(ToeplitzMechanism):
     def _cut(self, coef: Array) -> Array:
         """Coefficients, 0 from `bands` on."""
         return jnp.where(steps(coef.size) < self.bands, coef, 0.0)
+
+    def _of_bands(self, coef: Array) -> Array:
+        """Coefficients, as few as can be known."""
+        return self._cut(coef)[: known(self.bands, coef.size)]
 
     def _padded(self, coef: Array) -> Array:
         """A column of the right length."""

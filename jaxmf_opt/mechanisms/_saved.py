@@ -81,7 +81,7 @@ def save(
       params: Its parameters.
       budget: The privacy budget, for which the noise multiplier is computed.
       amplified: Whether batches are drawn by cyclic Poisson sampling: then the noise
-        multiplier is that of a `BandedToeplitz` for one participation.
+        multiplier is that of a `BandedToeplitz` or `Dense` for one participation.
 
     Raises:
       ModuleNotFoundError: If there is a budget, and dp-accounting is not installed.
@@ -204,9 +204,9 @@ def _amplified_bands(mechanism: Any, budget: Budget, amplified: bool) -> int | N
                 f"steps apart, as in `budget`; got {count}, {apart} steps apart."
             )
         return None
-    if not isinstance(mechanism, BandedToeplitz) or count != 1:
+    if not isinstance(mechanism, BandedToeplitz | Dense) or count != 1:
         raise ValueError(
-            "`mechanism` must be a `BandedToeplitz` for one participation where "
-            f"`amplified` is True, got {mechanism!r}."
+            "`mechanism` must be a `BandedToeplitz` or `Dense` for one participation "
+            f"where `amplified` is True, got {mechanism!r}."
         )
     return int(mechanism.bands)

@@ -43,6 +43,11 @@ def steps(max_n: int) -> np.ndarray:
     return np.arange(max_n, dtype=np.int32)
 
 
+def known(count: Any, most: int) -> int:
+    """A count that sizes arrays; where it is traced, the most that it can be."""
+    return most if isinstance(count, Tracer) else min(int(count), most)
+
+
 class Requirements:
     """Conditions on values, some of which may be traced.
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._setup import steps
+
 _Step = Callable[[Array, Any], tuple[Array, Any]]
 
 
@@ -49,7 +51,7 @@ def by_buffers(
 
 
 def with_rows_scaled(matrix: Any, factors: Float[Array, " n"]) -> Any:
-    """A streaming matrix of so many rows, each multiplied by a factor."""
+    """A streaming matrix of so many rows, each multiplied by a factor; then NaN."""
 
     def init(like: Any) -> tuple[Array, Any]:
         return jnp.array(0), matrix.init_multiply(like)
@@ -57,24 +59,41 @@ def with_rows_scaled(matrix: Any, factors: Float[Array, " n"]) -> Any:
     def multiply_next(value: Any, state: tuple[Array, Any]) -> tuple[Any, Any]:
         t, inner = state
         y, inner = matrix.multiply_next(value, inner)
-        scaled = jax.tree.map(lambda x: factors[t].astype(x.dtype) * x, y)
+        scaled = jax.tree.map(lambda x: _row(factors, t).astype(x.dtype) * x, y)
         return scaled, (t + 1, inner)
 
     return type(matrix)(init, multiply_next)
 
 
-def by_rows(matrix: Float[Array, "n n"]) -> Any:
-    """A lower-triangular matrix. Its state is all that has come so far."""
+def by_substitution(
+    matrix: Float[Array, "n n"], bands: int, scale: Float[Array, ""]
+) -> Any:
+    """A multiple of the inverse of a lower-triangular matrix with so many bands.
+
+    Its state are the last `bands - 1` vectors that it has given. From row `n` on it
+    gives NaN.
+    """
+    kept = steps(bands - 1)
+    column = steps(len(matrix))[:, None] - 1 - kept[None, :]
+    rows = jnp.take_along_axis(matrix, jnp.maximum(column, 0), axis=1)
+    rows = jnp.where(column >= 0, rows, 0.0) / jnp.diag(matrix)[:, None]
+    factors = scale / jnp.diag(matrix)
 
     def init(like: Any) -> tuple[Array, Array]:
-        return jnp.array(0), jnp.zeros((len(matrix), *like.shape), like.dtype)
+        return jnp.array(0), jnp.zeros((kept.size, *like.shape), like.dtype)
 
     def step(z: Array, state: tuple[Array, Array]) -> tuple[Array, Any]:
-        t, inputs = state
-        inputs = inputs.at[t].set(z)
-        return _weighted(matrix[t], inputs), (t + 1, inputs)
+        t, outputs = state
+        factor = _row(factors, t).astype(z.dtype)
+        y = factor * z - _weighted(_row(rows, t), outputs)
+        return y, (t + 1, jnp.concatenate([y[None], outputs])[: kept.size])
 
     return _streaming_matrix(init, step)
+
+
+def _row(matrix: Array, t: Array) -> Array:
+    # (Not the last row again, which would be no new noise.)
+    return matrix.at[t].get(mode="fill", fill_value=jnp.nan)
 
 
 def _weighted(weights: Array, vectors: Array) -> Array:

@@ -56,7 +56,7 @@ class BandedInverseToeplitz(BandedMechanism):
         return self._padded(self._cut(params))
 
     def _streaming_matrix(self, params: Array, scale: Array) -> Any:
-        return _streaming.by_recursion(scale * self._cut(params), params[:0])
+        return _streaming.by_recursion(scale * self._of_bands(params), params[:0])
 
     def _decoder_coef(self, params: Array) -> Array:
         coef = self._cut(params)

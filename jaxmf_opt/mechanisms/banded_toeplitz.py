@@ -59,7 +59,7 @@ class BandedToeplitz(BandedMechanism):
         return self._inverse(self._cut(params))
 
     def _streaming_matrix(self, params: Array, scale: Array) -> Any:
-        coef = self._cut(params) / params[0]
+        coef = self._of_bands(params) / params[0]
         return _streaming.by_recursion((scale / params[0])[None], coef[1:])
 
     def _decoder_coef(self, params: Array) -> Array:

@@ -33,6 +33,7 @@ from ._setup import (
     check_matrix,
     check_n,
     check_participation,
+    known,
     steps,
 )
 
@@ -299,8 +300,8 @@ class Dense(eqx.Module):
         """The noising matrix `C^{-1}` as jax-privacy takes it, for a sensitivity of 1.
 
         For `jax_privacy.noise_addition.matrix_factorization_privatizer`, with the noise
-        multiplier times the clipping norm as its `stddev`. It keeps all
-        vectors of noise.
+        multiplier times the clipping norm as its `stddev`. It keeps `bands - 1` vectors
+        of noise; `max_n - 1` where `bands` is traced. After `n` steps the noise is NaN.
 
         Args:
           params: The Gram matrix of the strategy.
@@ -314,8 +315,12 @@ class Dense(eqx.Module):
           TypeError: If `params` are no real numbers.
           ValueError: If they have the wrong shape.
         """
-        scale = jnp.sqrt(self.sensitivity_squared(params))
-        return _streaming.by_rows(scale * self.noising_matrix(params))
+        n = known(self.n, self.max_n)
+        return _streaming.by_substitution(
+            self.strategy_matrix(params)[:n, :n],
+            known(self.bands, n),
+            jnp.sqrt(self.sensitivity_squared(params)),
+        )
 
     @property
     def _inside(self) -> Bool[Array, " max_n"]:

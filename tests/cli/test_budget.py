@@ -52,8 +52,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         jax.numpy_rank_promotion("allow"),
     ):
         patch.setattr(plt, "close", figures.append)
-        families = "--family normalized-banded-toeplitz blt column-normalized-banded"
-        options = f"{ARGV} {families} --buffers 1"
+        families = "normalized-banded-toeplitz blt column-normalized-banded banded"
+        options = f"{ARGV} --family {families} --buffers 1"
         main([*options.split(), "--out", str(directory)])
     with np.load(directory / "budget.npz") as file:
         arrays = {name.removeprefix("budget/"): x for name, x in file.items()}
@@ -76,7 +76,8 @@ def test_all_divisors_are_there(job: Job):
         for b in (1, 2, 4)
         for sampled in (False, True)
     }
-    assert got == of_bands | {("blt", 1, False)}
+    of_epochs = {("blt", 1, False), *(("banded", b, False) for b in (1, 2, 4))}
+    assert got == of_bands | of_epochs
 
 
 def test_noise_multipliers_are_those_of_the_library(job: Job):
@@ -128,6 +129,17 @@ def test_matrices_are_as_good_as_jax_privacys(job: Job):
         loss = banded.per_query_error(banded.optimize(8, bands=4)).mean()
         want = np.sqrt(float(loss)) * noise_multiplier(4) / 100
     assert job.arrays["error"][j] <= min(want * (1 + 1e-6), job.arrays["error"][i])
+
+
+def test_matrices_for_epochs_are_as_good_as_jax_privacys(job: Job):
+    of = job.arrays
+    (i,) = np.flatnonzero((of["family"] == "banded") & (of["size"] == 4))
+    with jax.enable_x64():
+        c = dense.optimize(8, epochs=2, bands=4)
+        error = float(np.sqrt(dense.per_query_error(strategy_matrix=c).mean()))
+        error *= float(sensitivity.fixed_epoch_sensitivity(c, 2))
+    want = error * noise_multiplier(None) / BUDGET.batch_size
+    assert job.arrays["error"][i] <= want * (1 + 1e-6)
 
 
 def test_closed_forms_are_those_of_jax_privacy(job: Job):

@@ -338,6 +338,7 @@ BAD_ARGUMENTS: dict[str, str] = {
     "--family banded-toeplitz dense --bands 65": "of training steps, 64",
     "--family blt --steps 8 --epochs 1 9": "--epochs: 9 epochs are more than",
     "--family dense --steps 12 8 --epochs 3": "--epochs: with dense, 3 epochs must",
+    "--family banded --steps 8 --bands 2 --epochs 3": "--epochs: with banded, 3 epochs",
     "--family normalized-banded-toeplitz --epochs 1 8": "--bands: with normalized-",
     "--family dense --steps 8 1025": "--steps: matrices have at most 1024 rows",
     "--epochs 1 0.5": "--epochs: must be a whole number of at least 1 and below",

@@ -42,8 +42,10 @@ MECHANISMS: list[Any] = [
     NormalizedBandedToeplitz(15, 5, **EPOCHS),
     BufferedToeplitz(15, 2, **EPOCHS),
     Dense(15, workload_matrix=np.tri(15), **EPOCHS),
+    Dense(15, bands=3, **EPOCHS),
 ]
-NAMES = ["banded", "one band", "inverse", "normalized", "buffered", "dense"]
+NAMES = ["banded", "one band", "inverse", "normalized", "buffered", "dense", "few"]
+KEPT = [3, 0, 3, 4, 2, 14, 2]
 of_mechanisms = pytest.mark.parametrize("m", MECHANISMS, ids=NAMES)
 
 
@@ -88,6 +90,20 @@ def test_the_streaming_matrix_is_the_inverse_of_the_strategy(m: Any):
     assert_allclose(got, noising_matrix(m, params), atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("m", "kept"), list(zip(MECHANISMS, KEPT, strict=True)), ids=NAMES
+)
+def test_no_more_vectors_are_kept_than_it_takes(m: Any, kept: int):
+    state = m.streaming_matrix(m.initial_params()).init_multiply(jnp.zeros(1000))
+    assert sum(x.size for x in jax.tree.leaves(state)) // 1000 == kept
+
+
+@pytest.mark.parametrize("m", MECHANISMS[-2:], ids=NAMES[-2:])
+def test_there_is_no_noise_after_the_last_step(m: Any):
+    got = m.streaming_matrix(m.initial_params()).materialize(16)
+    assert np.isfinite(got[:15]).all() and np.isnan(got[15]).any()
+
+
 @of_mechanisms
 def test_noise_in_training_has_the_promised_covariance(m: Any):
     """By jax-privacy's own noise, of pytrees in the dtypes of gradients."""
@@ -120,7 +136,7 @@ def test_a_multiplier_of_sampling_needs_a_mechanism_for_it(tmp_path: Path):
     assert load(path).noise_multiplier == BUDGET.noise_multiplier(4)
     for wrong, of in (
         (MECHANISMS[0], "for one participation"),
-        (BandedInverseToeplitz(15, 4), "must be a `BandedToeplitz`"),
+        (BandedInverseToeplitz(15, 4), "must be a `BandedToeplitz` or `Dense`"),
         (BandedToeplitz(14, 4), "must have the 15 steps"),
     ):
         with pytest.raises(ValueError, match=of):
