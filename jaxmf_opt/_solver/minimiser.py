@@ -289,8 +289,13 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         They are the stored ones if there are any.
         """
 
-        def compute(_: Any) -> tuple[Bool[Array, ""], Scalar, Aux, Y]:
-            (loss, aux), grad = jax.value_and_grad(fn, has_aux=True)(y, args)
+        def compute(carry: Any) -> tuple[Bool[Array, ""], Scalar, Aux, Y]:
+            here = y
+            if carry is not None:
+                # XLA must not see that no turn of the loop depends on the one before:
+                # in a batch it would move the evaluation out, and so make it always.
+                here, _ = jax.lax.optimization_barrier((y, carry[0]))
+            (loss, aux), grad = jax.value_and_grad(fn, has_aux=True)(here, args)
             return jnp.array(False), loss, aux, grad
 
         found = stored(state.opt_state, y) if state.reuses_linesearch else None

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from compiling import loops_around
 
 from jaxmf_opt import LeanOptaxMinimiser, solve
 
@@ -263,6 +264,22 @@ def test_a_stopped_lane_ends_its_line_search_at_once():
         both = counted.during(lambda: solve(jnp.concatenate([slow, minimum])))
     assert alone > 20
     assert both == alone
+
+
+def test_a_batch_does_not_evaluate_again_what_is_stored():
+    """The gradient is computed in the loop of a loop only, and not in every step."""
+
+    def one(c: Any) -> Any:
+        def loss(y: Any) -> Any:  # in whose gradient alone there is a sine
+            return -jnp.sum(jnp.log(jnp.cos(y - c)))
+
+        optimizer = OPTIMIZERS["lbfgs zoom"]
+        return solve(loss, jnp.zeros(3), optimizer=optimizer, gtol=1e-6).value
+
+    program = jax.jit(jax.vmap(one)).lower(jnp.linspace(0, 1, 4)).compile()
+    text = program.as_text()
+    assert text is not None
+    assert loops_around("sine", text) == {2}
 
 
 def test_a_step_that_is_changed_behind_the_line_search():
