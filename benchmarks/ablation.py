@@ -1,6 +1,6 @@
 """Which parts of `ROBUST_OPTIMIZER` matter?
 
-Each part is left out in turn, and the numbers are varied, on the unconstrained CUTEst
+Each part is replaced in turn, and the numbers are varied, on the unconstrained CUTEst
 problems that are not solved by all these variants. `benchmarks.comparison` says
 what that is.
 
@@ -8,7 +8,6 @@ what that is.
 * evaluations: of the loss, with or without a gradient, on all problems together.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,46 +20,39 @@ from .peers import L_BFGS_B, Peer, ours, scipy_with
 from .problems import unconstrained_cutest
 
 
-def _robust(without: str = "", **options: Any) -> optax.GradientTransformation:
-    """`robust.robust_lbfgs`, written out with one of its parts left out."""
-
-    def part(name: str, wrap: Callable[..., Any], inner: Any, *more: Any) -> Any:
-        return inner if name == without else wrap(inner, *more)
-
-    numbers = {"memory_size": 40, "trials": 40, "curv_rtol": 0.9, "ulps": 4.0}
-    numbers |= {"fraction": 0.1, "min_ratio": 100.0}
-    memory, trials, curvature, ulps, fraction, ratio = (numbers | options).values()
-    lbfgs = optax.scale_by_lbfgs(memory)
-    lbfgs = part("skip_bad_pairs", robust.skip_bad_pairs, lbfgs)
-    lbfgs = part("rescale_variables", robust.rescale_variables, lbfgs, ratio)
-    lbfgs = part("restart_when_stuck", robust.restart_when_stuck, lbfgs)
-    lbfgs = part("short_first_step", robust.short_first_step, lbfgs, fraction)
-    search = robust.scale_by_weak_wolfe_linesearch(
+def _robust(
+    memory: int = 40,
+    trials: int = 40,
+    curvature: float = 0.9,
+    ulps: float = 4.0,
+    directions: Any = None,
+    linesearch: Any = None,
+    **options: float,
+) -> optax.GradientTransformation:
+    """`robust.robust_lbfgs`, with other numbers and parts."""
+    directions = directions or robust.scale_by_robust_lbfgs(memory, **options)
+    linesearch = linesearch or robust.scale_by_weak_wolfe_linesearch(
         trials, curv_rtol=curvature, ulps=ulps
     )
-    return optax.chain(lbfgs, optax.scale(-1.0), search)
+    return optax.chain(directions, optax.scale(-1.0), linesearch)
 
 
-def _by_zoom() -> optax.GradientTransformation:
-    """With optax's own line search."""
-    lbfgs = robust.skip_bad_pairs(optax.scale_by_lbfgs(40))
-    lbfgs = robust.restart_when_stuck(robust.rescale_variables(lbfgs))
-    zoom = optax.scale_by_zoom_linesearch(30, initial_guess_strategy="one")
-    return optax.chain(robust.short_first_step(lbfgs), optax.scale(-1.0), zoom)
-
-
-PARTS = ("skip_bad_pairs", "rescale_variables", "restart_when_stuck")
+_ZOOM = optax.scale_by_zoom_linesearch(30, initial_guess_strategy="one")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "directions of optax": {"directions": optax.scale_by_lbfgs(40)},
+    "a zoom line search": {"linesearch": _ZOOM},
+    **{f"memory {m}": {"memory": m} for m in (10, 20, 60)},
+    "20 trials": {"trials": 20},
+    **{f"curvature {c}": {"curvature": c} for c in (0.2, 0.5)},
+    "no slack": {"ulps": 0.0},
+    "first step of 1%": {"first_step": 0.01},
+    "first step of any length": {"first_step": float("inf")},
+    "units always": {"min_ratio": 1.0},
+    "units never": {"min_ratio": float("inf")},
+}
 VARIANTS: dict[str, Peer] = {
     "ROBUST_OPTIMIZER": Peer(ours(ROBUST_OPTIMIZER)),
-    **{f"without {name}": Peer(ours(_robust(name))) for name in PARTS},
-    "without short_first_step": Peer(ours(_robust("short_first_step"))),
-    "with a zoom line search": Peer(ours(_by_zoom())),
-    **{f"memory {m}": Peer(ours(_robust(memory_size=m))) for m in (10, 20, 60)},
-    "20 trials": Peer(ours(_robust(trials=20))),
-    **{f"curvature {c}": Peer(ours(_robust(curv_rtol=c))) for c in (0.2, 0.5)},
-    "no slack": Peer(ours(_robust(ulps=0.0))),
-    "first step of 1%": Peer(ours(_robust(fraction=0.01))),
-    "units always": Peer(ours(_robust(min_ratio=1.0))),
+    **{name: Peer(ours(_robust(**options))) for name, options in OPTIONS.items()},
     "SciPy L-BFGS-B": L_BFGS_B,
     "SciPy BFGS": Peer(scipy_with("BFGS"), compiled=False, traceable=False),
 }

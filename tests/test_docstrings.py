@@ -26,21 +26,11 @@ MODULES = [
 ]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
-# What is handed out, and not called: the docstring of its maker has the example. The
-# transformations that `robust_lbfgs` is made of are for those who read its code.
+# What is handed out, and not called: the docstring of its maker has the example.
 HANDED_OUT = {
     *("Lane", "Solution", "History", "MinimiserState", "SolverState", "Record"),
-    *(
-        "SweepInterrupted",
-        "SweepTable",
-        "Buffers",
-        "RescaledState",
-        "SavedMechanism",
-        "SearchProgress",
-        "RestartState",
-    ),
-    *("RobustOptimizer", "skip_bad_pairs", "rescale_variables", "restart_when_stuck"),
-    "short_first_step",
+    *("SweepInterrupted", "SweepTable", "Buffers", "SavedMechanism"),
+    *("SearchProgress", "RobustLBFGSState", "RobustOptimizer"),
 }
 
 

@@ -24,15 +24,32 @@ def float64():
         yield
 
 
-def lbfgs_after(points: Any, grads: Any, *wrappers: Any, memory: int = 3) -> Any:
+def after(points: Any, grads: Any, lbfgs: Any = None) -> Any:
     """The last update (uphill, as optax counts) and the state after some updates."""
-    lbfgs = optax.scale_by_lbfgs(memory)
-    for wrap in wrappers:
-        lbfgs = wrap(lbfgs)
+    lbfgs = lbfgs or robust.scale_by_robust_lbfgs(3)
+    update = jax.jit(lbfgs.update)
     state, updates = lbfgs.init(jnp.asarray(points[0])), None
     for y, g in zip(points, grads, strict=True):
-        updates, state = lbfgs.update(jnp.asarray(g), state, jnp.asarray(y))
+        updates, state = update(jnp.asarray(g), state, jnp.asarray(y))
     return updates, state
+
+
+def two_loops(pairs: list[Any], grad: np.ndarray, start: Any = 1.0) -> np.ndarray:
+    """Nocedal and Wright, Numerical Optimization (2006), algorithm 7.4."""
+    q, alphas = grad.copy(), []
+    for s, y in reversed(pairs):
+        alpha = s @ q / (s @ y)
+        alphas.append(alpha)
+        q -= alpha * y
+    s, y = pairs[-1]
+    q *= start * (s @ y) / (y @ (start * y))
+    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
+        q += (alpha - y @ q / (s @ y)) * s
+    return q
+
+
+def pairs_of(points: np.ndarray, grads: np.ndarray) -> list[Any]:
+    return list(zip(np.diff(points, axis=0), np.diff(grads, axis=0), strict=True))
 
 
 class TestDirections:
@@ -40,36 +57,45 @@ class TestDirections:
     POINTS = np.array([[1.0, 0.1], [0.9, 0.4], [0.85, 0.9]])
     GRADS = POINTS * [1.0, -8.0]
 
-    def test_negative_curvature_leads_uphill_unless_skipped(self):
-        plain, _ = lbfgs_after(self.POINTS, self.GRADS)
-        guarded, state = lbfgs_after(self.POINTS, self.GRADS, robust.skip_bad_pairs)
-        assert plain @ self.GRADS[-1] < 0
-        assert guarded @ self.GRADS[-1] > 0
-        np.testing.assert_array_equal(state.diff_params_memory, 0.0)
+    @pytest.mark.parametrize("count", [2, 4, 5, 9])
+    def test_good_pairs_are_those_of_optax(self, count: int):
+        """Before and after the memory is full."""
+        points = np.random.default_rng(1).normal(size=(count, 2))
+        grads = points * [1.0, 10.0]
+        got, state = after(points, grads)
+        want, _ = after(points, grads, optax.scale_by_lbfgs(3))
+        np.testing.assert_allclose(got, want, rtol=1e-9)
+        assert state.num_points == count
 
-    def test_a_skipped_pair_leaves_the_memory(self):
+    def test_bad_pairs_are_not_kept(self):
         """A bad pair between good ones is as if it had not been."""
         a = np.diag([1.0, 4.0, 9.0])
         rng = np.random.default_rng(0)
         points = rng.normal(size=(6, 3))
         good, bad = points @ a, points @ a
         bad[5] = bad[4] - (points[5] - points[4])  # negative curvature at the end
-        _, before = lbfgs_after(points[:5], good[:5], robust.skip_bad_pairs)
-        direction, after = lbfgs_after(points, bad, robust.skip_bad_pairs)
-        for name in ("diff_params_memory", "diff_updates_memory", "weights_memory"):
-            np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
-        # Of the same memory the direction is that of the two-loop recursion.
-        pairs = [(points[i + 1] - points[i], good[i + 1] - good[i]) for i in (1, 2, 3)]
-        want = two_loops(pairs, bad[5])
+        _, before = after(points[:5], good[:5])
+        direction, state = after(points, bad)
+        for name in ("num_points", "steps", "changes", "weights", "curvature"):
+            np.testing.assert_array_equal(getattr(state, name), getattr(before, name))
+        want = two_loops(pairs_of(points[:5], good[:5])[-3:], bad[5])
         np.testing.assert_allclose(direction, want, rtol=1e-6)
 
-    def test_good_pairs_are_not_skipped(self):
-        points = np.random.default_rng(1).normal(size=(6, 2))
-        grads = points * [1.0, 100.0]
-        got = lbfgs_after(points, grads, robust.skip_bad_pairs)
-        chex.assert_trees_all_equal(got, lbfgs_after(points, grads))
+    def test_different_curvatures_are_where_it_starts(self):
+        """In units that are powers of two."""
+        rng = np.random.default_rng(3)
+        hessian = np.array([1.0, 4.0**9, 4.0**-9])
+        points = rng.normal(size=(7, 3)) / np.sqrt(hessian)
+        grads = points * hessian
+        got, state = after(points, grads)
+        units = np.exp2(np.round(-np.log2(state.curvature) / 2))
+        assert units.argsort().tolist() == [1, 0, 2]
+        pairs = pairs_of(points, grads)[-3:]
+        want = two_loops(pairs, grads[-1], units**2)
+        np.testing.assert_allclose(got, want, rtol=1e-9)
+        assert not np.allclose(two_loops(pairs, grads[-1]), want, rtol=0.5)
 
-    def test_units_do_not_matter_to_rescaled_variables(self):
+    def test_units_do_not_matter(self):
         """Powers of two as units change no direction once there are pairs."""
         rng = np.random.default_rng(2)
         points = rng.normal(size=(9, 3))
@@ -77,10 +103,7 @@ class TestDirections:
 
         def direction(units: np.ndarray) -> np.ndarray:
             grads = points * np.array([1.0, 3.0, 2.0]) / units
-            updates, _ = lbfgs_after(
-                points * units, grads, robust.rescale_variables, memory=4
-            )
-            return np.asarray(updates) / units
+            return np.asarray(after(points * units, grads)[0]) / units
 
         cosine = direction(units) @ direction(np.ones(3))
         cosine /= np.linalg.norm(direction(units))
@@ -90,39 +113,59 @@ class TestDirections:
     def test_starts_anew_where_it_has_not_moved(self):
         y, g = np.array([1.0, 2.0]), np.array([3.0, 1.0])
         points, grads = [y, y + 1, y + 1], [g, 3 * g, 3 * g]
-        got, state = lbfgs_after(points, grads, robust.restart_when_stuck)
-        fresh, _ = lbfgs_after([y + 1], [3 * g])
+        got, state = after(points, grads)
+        fresh, start = after([y + 1], [3 * g])
         np.testing.assert_array_equal(got, fresh)
-        assert state.is_fresh
-        assert not lbfgs_after(points[:2], grads[:2], robust.restart_when_stuck)[
-            1
-        ].is_fresh
+        np.testing.assert_array_equal(state.curvature, start.curvature)
+        assert state.is_fresh and start.is_fresh
+        assert not after(points[:2], grads[:2])[1].is_fresh
+        # What was known is forgotten.
+        points, grads = np.array([*points, 2 * y]), np.array([*grads, 2 * g + 1])
+        np.testing.assert_array_equal(
+            after(points, grads)[0], after(points[2:], grads[2:])[0]
+        )
 
-    def test_starts_anew_where_the_direction_is_no_descent(self):
-        got, state = lbfgs_after(self.POINTS, self.GRADS, robust.restart_when_stuck)
+    def test_starts_anew_where_the_curvature_is_negative(self):
+        plain, _ = after(self.POINTS, self.GRADS, optax.scale_by_lbfgs(3))
+        got, state = after(self.POINTS, self.GRADS)
+        assert plain @ self.GRADS[-1] < 0
         assert got @ self.GRADS[-1] > 0
         assert state.is_fresh
 
     @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
     def test_the_first_step_is_short(self, scale: float):
         y = scale * np.array([1.0, -2.0])
-        updates, _ = lbfgs_after([y], [np.array([1e3, 1.0])], robust.short_first_step)
+        updates, _ = after([y], [np.array([1e3, 1.0])])
         assert np.abs(updates).max() <= 0.1 * 2 * scale * (1 + 1e-12)
         assert np.abs(updates).max() > 0
 
+    def test_lanes_are_as_single_ones(self):
+        """Each with a memory of its own length."""
+        rng = np.random.default_rng(4)
+        points = rng.normal(size=(8, 3))
+        grads = points * [1.0, 3.0, 2.0]
+        lanes = np.array([2, 8, 5])
 
-def two_loops(pairs: list[Any], grad: np.ndarray) -> np.ndarray:
-    """Nocedal and Wright, Numerical Optimization (2006), algorithm 7.4."""
-    q, alphas = grad.copy(), []
-    for s, y in reversed(pairs):
-        alpha = s @ q / (s @ y)
-        alphas.append(alpha)
-        q -= alpha * y
-    s, y = pairs[-1]
-    q *= s @ y / (y @ y)
-    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
-        q += (alpha - y @ q / (s @ y)) * s
-    return q
+        def one(length: Any) -> Any:
+            lbfgs = robust.scale_by_robust_lbfgs(4)
+
+            def step(carry: Any, i: Any) -> Any:
+                _, state = carry
+                there = jnp.minimum(i, length - 1)
+                y, g = jnp.asarray(points)[there], jnp.asarray(grads)[there]
+                new = lbfgs.update(g, state, y)
+                return jax.lax.cond(i < length, lambda: new, lambda: carry), None
+
+            init = jnp.zeros(3), lbfgs.init(jnp.asarray(points[0]))
+            return jax.lax.scan(step, init, jnp.arange(8))[0]
+
+        batch = jax.jit(jax.vmap(one))(lanes)
+        for i, length in enumerate(lanes):
+            single = after(
+                points[:length], grads[:length], robust.scale_by_robust_lbfgs(4)
+            )
+            mine = jax.tree.map(lambda x, i=i: x[i], batch)
+            chex.assert_trees_all_close(mine, single, rtol=1e-9)
 
 
 def kinked(y: Any) -> Any:

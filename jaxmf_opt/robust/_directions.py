@@ -1,234 +1,218 @@
-"""What makes the directions of `optax.scale_by_lbfgs` robust."""
+"""The directions of L-BFGS, with what makes them robust."""
 
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._validation import check_positive
 
 T = TypeVar("T")
 
 
-class RescaledState(NamedTuple):
-    """The state of `rescale_variables`.
+class RobustLBFGSState(NamedTuple):
+    """The state of `scale_by_robust_lbfgs`.
 
     Attributes:
-      lbfgs: The state of the wrapped L-BFGS, in the units of the parameters.
+      num_points: 1 more than there are pairs since the last restart; 0 at first.
+      params: The last point.
+      updates: The gradient there.
+      steps: Steps between points, at `i % memory_size` that of the pair number `i`.
+      changes: What they have changed of the gradient.
+      weights: The reciprocals of the products of both.
       curvature: For each variable an estimate of its second derivative, up to a common
         factor.
     """
 
-    lbfgs: Any  # of optax, whose fields have wider types than one can compute with
+    num_points: Int[Array, ""]
+    params: PyTree
+    updates: PyTree
+    steps: PyTree
+    changes: PyTree
+    weights: Float[Array, " memory_size"]
     curvature: PyTree
 
-
-class RestartState(NamedTuple):
-    """The state of `restart_when_stuck`.
-
-    Attributes:
-      lbfgs: The state of the wrapped L-BFGS.
-      is_fresh: Whether the last update was that of a fresh state.
-    """
-
-    lbfgs: Any
-    is_fresh: Bool[Array, ""]
+    @property
+    def is_fresh(self) -> Bool[Array, ""]:
+        """Whether the last update was the first one, or a restart."""
+        return self.num_points == 1
 
 
-def skip_bad_pairs(lbfgs: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keeps pairs of no or negative curvature out of the memory.
-
-    A step `s` that changes the gradient by `y` with `s'y <= 0` (or nan) makes the
-    approximate Hessian indefinite, and the directions uphill. The memory, the scale
-    included, is then left as it was. If it was empty, it stays so.
-
-    Only the sign is tested: in a narrow valley a sound pair may have a cosine of 1e-12.
-
-    Args:
-      lbfgs: `optax.scale_by_lbfgs`.
-
-    Returns:
-      A transformation with the same state.
-    """
-
-    def update(
-        updates: PyTree, state: Any, params: PyTree
-    ) -> tuple[PyTree, optax.ScaleByLBFGSState]:
-        step = optax.tree.sub(params, state.params)
-        change = optax.tree.sub(updates, state.updates)
-        accept = (_dot(step, change) > 0) | (state.count == 0)
-        # The inner transformation always writes the newest pair, so it is shown the
-        # last good one again, to be written where it already is.
-        known = state.count > 1
-        shown = where(known, _replay(state, updates, params), lbfgs.init(params))
-        direction, new = lbfgs.update(updates, where(accept, state, shown), params)
-        new = cast(optax.ScaleByLBFGSState, new)
-        # The replay is exact up to rounding; what is kept is exact.
-        kept = new._replace(
-            diff_params_memory=state.diff_params_memory,
-            diff_updates_memory=state.diff_updates_memory,
-            weights_memory=state.weights_memory,
-        )
-        return direction, where(accept | ~known, new, kept)
-
-    return optax.GradientTransformation(lbfgs.init, cast(Any, update))
-
-
-def rescale_variables(
-    lbfgs: optax.GradientTransformation,
+def scale_by_robust_lbfgs(
+    memory_size: int = 40,
+    first_step: float = 0.1,
     min_ratio: float = 1e2,
     max_ratio: float = 1e10,
 ) -> optax.GradientTransformation:
-    """Runs L-BFGS in units in which the variables have about the same curvature.
+    """`optax.scale_by_lbfgs`, for losses that are steep, badly scaled or kinked.
 
-    `optax.scale_by_lbfgs` starts each direction from a multiple of the identity, which
-    is far off where the variables differ by orders of magnitude. Here it starts from a
-    diagonal matrix: the diagonal of the BFGS update of a diagonal matrix, from each
-    pair of positive curvature (Gilbert and Lemarechal, 1989, "Some numerical
-    experiments with variable-storage quasi-Newton algorithms").
+    It differs from that in four points:
 
-    As long as the units would be nearly alike they are all 1: there the diagonal says
-    more about the last few steps than of the variables, and to follow it costs steps.
+    * A pair of no or negative curvature (a step `s` that changes the gradient by `y`
+      with `s'y <= 0`, or nan) would make the approximate Hessian indefinite, and the
+      directions uphill. It is kept out of the memory. Only the sign is tested: in a
+      narrow valley a sound pair may have a cosine of 1e-12.
+    * The approximate Hessian starts from a diagonal matrix, not from a multiple of the
+      identity, which is far off where variables differ by orders of magnitude: the
+      diagonal of the BFGS update of a diagonal matrix, from each pair (Gilbert and
+      Lemarechal, 1989, "Some numerical experiments with variable-storage quasi-Newton
+      algorithms"). As long as variables seem nearly alike it stays a multiple of the
+      identity: there the diagonal says more about the last few steps than of the
+      variables, and to follow it costs steps.
+    * Everything is forgotten where the direction does not descend (or is nan), and
+      where the parameters have not moved since the last update: the line search found
+      no decrease. The update is then along the gradient.
+    * The first step after a (re)start is at most a fraction of the parameters' size.
+      Too short a step costs a few trials, since a line search doubles it; one too long
+      can end in another valley (Hager and Zhang, 2006, start CG_DESCENT in this way).
 
-    The units are powers of two, so that to change them rounds nothing.
+    The two loops over the pairs (Nocedal and Wright, Numerical Optimization, 2006,
+    algorithm 7.4) are as long as there are pairs; in a batch, as in the lane that has
+    most of them.
 
     Args:
-      lbfgs: `optax.scale_by_lbfgs`, wrapped by `skip_bad_pairs` or not.
+      memory_size: The number of pairs that are kept.
+      first_step: The largest change of a variable in the first step, over the largest
+        variable. At the origin, where there is no size to go by, nothing is limited.
       min_ratio: By how much the units of two variables have to differ to be used.
       max_ratio: By how much the units of two variables may differ.
 
     Returns:
-      A transformation whose state is a `RescaledState`.
-    """
+      A transformation whose state is a `RobustLBFGSState`.
 
-    def init(params: PyTree) -> RescaledState:
-        ones = jax.tree.map(jnp.ones_like, params)
-        return RescaledState(cast(Any, lbfgs.init(params)), ones)
+    Raises:
+      ValueError: If a number is impossible.
+
+    Example:
+      >>> import optax
+      >>> from jaxmf_opt import optimize
+      >>> from jaxmf_opt.robust import scale_by_robust_lbfgs
+      >>> optimizer = optax.chain(
+      ...     scale_by_robust_lbfgs(),
+      ...     optax.scale(-1.0),
+      ...     optax.scale_by_backtracking_linesearch(20, store_grad=True),
+      ... )
+      >>> optimize(lambda y: (y - 2.0) ** 2, 0.0, optimizer=optimizer, gtol=1e-9)
+      Array(2., dtype=float32)
+    """
+    check_positive("memory_size", memory_size, whole=True)
+    for name, value in (
+        ("first_step", first_step),
+        ("min_ratio", min_ratio),
+        ("max_ratio", max_ratio),
+    ):
+        check_positive(name, value)
+
+    def init(params: PyTree) -> RobustLBFGSState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        memory = jax.tree.map(
+            lambda x: jnp.zeros((memory_size, *jnp.shape(x)), jnp.result_type(x)), zeros
+        )
+        return RobustLBFGSState(
+            num_points=jnp.array(0),
+            params=zeros,
+            updates=zeros,
+            steps=memory,
+            changes=memory,
+            weights=jnp.zeros(memory_size, jnp.result_type(*jax.tree.leaves(params))),
+            curvature=jax.tree.map(jnp.ones_like, params),
+        )
 
     def update(
-        updates: PyTree, state: RescaledState, params: PyTree
-    ) -> tuple[PyTree, RescaledState]:
-        old = state.lbfgs
-        step = optax.tree.sub(params, old.params)
-        change = optax.tree.sub(updates, old.updates)
+        updates: PyTree, state: Any, params: PyTree
+    ) -> tuple[PyTree, RobustLBFGSState]:
+        known = state.num_points > 0
+        step = optax.tree.sub(params, state.params)
+        change = optax.tree.sub(updates, state.updates)
+        slope = _dot(step, change)
+        accept = known & (slope > 0)
+        oldest = (state.num_points - 1) % memory_size
+
+        def write(memory: PyTree, new: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda m, x: m.at[oldest].set(jnp.where(accept, x, m[oldest])),
+                memory,
+                new,
+            )
+
         curvature = _diagonal_bfgs(state.curvature, step, change, max_ratio)
-        usable = (old.count > 0) & (_dot(step, change) > 0) & _all_positive(curvature)
-        curvature = where(usable, curvature, state.curvature)
-        units = _units(curvature, min_ratio)
-        shown = old._replace(
-            params=_over(old.params, units),
-            updates=_times(old.updates, units),
-            diff_params_memory=_over(old.diff_params_memory, units),
-            diff_updates_memory=_times(old.diff_updates_memory, units),
+        curvature = _where(
+            accept & _all_positive(curvature), curvature, state.curvature
         )
-        direction, new = lbfgs.update(
-            _times(updates, units), shown, _over(params, units)
-        )
-        new = cast(optax.ScaleByLBFGSState, new)
-        new = new._replace(
+        new = RobustLBFGSState(
+            num_points=state.num_points + accept,
             params=params,
             updates=updates,
-            diff_params_memory=_times(new.diff_params_memory, units),
-            diff_updates_memory=_over(new.diff_updates_memory, units),
+            steps=write(state.steps, step),
+            changes=write(state.changes, change),
+            weights=write(state.weights, (1 / slope).astype(state.weights.dtype)),
+            curvature=curvature,
         )
-        return _times(direction, units), RescaledState(new, curvature)
+        units = _units(curvature, min_ratio)
+        direction = _two_loops(new, jax.tree.map(jnp.square, units))
 
-    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
-
-
-def restart_when_stuck(
-    lbfgs: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-    """Forgets everything where the direction or the last step is of no use.
-
-    That is where the direction does not descend (or is nan), and where the parameters
-    have not moved since the last update: the line search found no decrease.
-    The update is then that of a fresh state, along the gradient.
-
-    Only the sign of the slope is tested: in a narrow valley a sound direction may be
-    nearly orthogonal to the gradient.
-
-    Args:
-      lbfgs: `optax.scale_by_lbfgs`, wrapped or not.
-
-    Returns:
-      A transformation whose state is a `RestartState`.
-    """
-
-    def init(params: PyTree) -> RestartState:
-        return RestartState(lbfgs.init(params), jnp.array(True))
-
-    def update(
-        updates: PyTree, state: RestartState, params: PyTree
-    ) -> tuple[PyTree, RestartState]:
-        direction, new = lbfgs.update(updates, state.lbfgs, params)
-        last = _innermost(state)
-        step = optax.tree.sub(params, last.params)
-        stayed = (last.count > 0) & (optax.tree.norm(step, ord=jnp.inf) == 0)
+        stayed = optax.tree.norm(step, ord=jnp.inf) == 0
         # Not `<= 0`: a nan is no descent either.
         no_descent = ~(_dot(direction, updates) > 0)
-        restarts = stayed | no_descent
-        direction, new = jax.lax.cond(
-            restarts,
-            lambda: cast(Any, lbfgs.update(updates, lbfgs.init(params), params)),
-            lambda: (direction, new),
+        restarts = stayed | no_descent | (new.num_points <= 1)
+        fresh = _first_direction(updates, params, first_step)
+        ones = jax.tree.map(jnp.ones_like, curvature)
+        return _where(restarts, fresh, direction), new._replace(
+            num_points=jnp.where(restarts, 1, new.num_points),
+            curvature=_where(restarts, ones, curvature),
         )
-        return direction, RestartState(new, restarts | (last.count == 0))
 
     return optax.GradientTransformation(cast(Any, init), cast(Any, update))
 
 
-def short_first_step(
-    lbfgs: optax.GradientTransformation, fraction: float = 0.1
-) -> optax.GradientTransformation:
-    """Limits the first step after a (re)start to a fraction of the parameters' size.
-
-    The first direction of `optax.scale_by_lbfgs` has length 1 (or less), whatever the
-    units of the problem. Too short a step costs a few trials, since the line search
-    doubles it; one too long can end in another valley (Hager and Zhang, 2006, start
-    CG_DESCENT in this way).
+def _two_loops(state: RobustLBFGSState, start: PyTree) -> PyTree:
+    """The gradient times the approximate inverse Hessian.
 
     Args:
-      lbfgs: `optax.scale_by_lbfgs`, wrapped or not.
-      fraction: The largest change of a variable over the largest variable. At the
-        origin, where there is no size to go by, nothing is limited.
-
-    Returns:
-      A transformation with the same state.
+      state: The state; its memory has the newest pair in it.
+      start: The diagonal from which the approximation starts, up to a factor.
     """
+    memory_size = state.weights.size
+    pairs = jnp.clip(state.num_points - 1, 0, memory_size)
 
-    def update(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        direction, new = lbfgs.update(updates, cast(Any, state), params)
-        allowed = fraction * optax.tree.norm(params, ord=jnp.inf)
-        length = optax.tree.norm(direction, ord=jnp.inf)
-        first = _innermost(new).count == 1
-        shorten = first & (allowed > 0) & (length > allowed)
-        factor = jnp.where(shorten, allowed / length, 1.0)
-        return optax.tree.scale(factor, direction), cast(Any, new)
+    def pair(age: Array) -> tuple[Array, PyTree, PyTree]:
+        index = (state.num_points - 2 - age) % memory_size
+        at_index = lambda memory: memory[index]  # noqa: E731
+        return index, *jax.tree.map(at_index, (state.steps, state.changes))
 
-    return optax.GradientTransformation(lbfgs.init, cast(Any, update))
+    def to_oldest(age: Array, carry: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+        q, alphas = carry
+        index, step, change = pair(age)
+        alpha = state.weights[index] * _dot(step, q).astype(alphas.dtype)
+        alphas = jnp.where(jnp.arange(memory_size) == index, alpha, alphas)
+        return _plus(q, -alpha, change), alphas
+
+    # (Which numbers are in the place of those to come does not matter.)
+    carry = state.updates, state.weights
+    q, alphas = jax.lax.fori_loop(0, pairs, to_oldest, carry)
+
+    index, _, change = pair(jnp.zeros_like(pairs))
+    scale = 1 / (state.weights[index] * _dot(change, _times(start, change)))
+    r = jax.tree.map(lambda x: scale.astype(x.dtype) * x, _times(start, q))
+
+    def to_newest(i: Array, r: PyTree) -> PyTree:
+        index, step, change = pair(pairs - 1 - i)
+        beta = state.weights[index] * _dot(change, r).astype(alphas.dtype)
+        return _plus(r, alphas[index] - beta, step)
+
+    return jax.lax.fori_loop(0, pairs, to_newest, r)
 
 
-def _innermost(state: Any) -> Any:
-    """The state of `optax.scale_by_lbfgs` itself."""
-    while not isinstance(state, optax.ScaleByLBFGSState):
-        state = state.lbfgs
-    return state
-
-
-def _replay(state: Any, updates: PyTree, params: PyTree) -> Any:
-    """The state of which the next update writes the newest pair of memory again."""
-    memory_size = jnp.shape(state.weights_memory)[0]
-    newest = (state.count - 2) % memory_size
-    step, change = jax.tree.map(
-        lambda memory: memory[newest],
-        (state.diff_params_memory, state.diff_updates_memory),
-    )
-    return state._replace(
-        count=state.count - 1,
-        params=optax.tree.sub(params, step),
-        updates=optax.tree.sub(updates, change),
-    )
+def _first_direction(gradient: PyTree, params: PyTree, fraction: float) -> PyTree:
+    """Along the gradient, not longer than 1, nor than a part of the parameters."""
+    shrink = jnp.minimum(1.0, 1.0 / optax.tree.norm(gradient))
+    length = shrink * optax.tree.norm(gradient, ord=jnp.inf)
+    allowed = fraction * optax.tree.norm(params, ord=jnp.inf)
+    shorten = (allowed > 0) & (length > allowed)
+    factor = jnp.where(shorten, allowed / length, 1.0) * shrink
+    return jax.tree.map(lambda x: factor.astype(x.dtype) * x, gradient)
 
 
 def _diagonal_bfgs(
@@ -250,7 +234,10 @@ def _diagonal_bfgs(
 
 
 def _units(curvature: PyTree, min_ratio: float) -> PyTree:
-    """The lengths over which variables of these curvatures do the same, or all 1."""
+    """The lengths over which variables of these curvatures do the same, or all 1.
+
+    Powers of two, so that to change them rounds nothing.
+    """
     units = jax.tree.map(lambda c: jnp.exp2(jnp.round(-jnp.log2(c) / 2)), curvature)
     largest = optax.tree.norm(units, ord=jnp.inf)
     smallest = 1 / optax.tree.norm(jax.tree.map(jnp.reciprocal, units), ord=jnp.inf)
@@ -263,12 +250,16 @@ def _all_positive(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(leaves))
 
 
-def where(condition: Bool[Array, ""], true: T, false: T) -> T:
+def _where(condition: Bool[Array, ""], true: T, false: T) -> T:
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), true, false)
 
 
 def _dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return optax.tree.real(optax.tree.vdot(a, b))
+
+
+def _plus(tree: PyTree, factor: Array, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: x + factor.astype(x.dtype) * y, tree, other)
 
 
 def _times(tree: PyTree, factors: PyTree) -> PyTree:

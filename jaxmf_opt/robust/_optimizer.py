@@ -4,13 +4,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .._validation import check_positive
-from ._directions import (
-    rescale_variables,
-    restart_when_stuck,
-    short_first_step,
-    skip_bad_pairs,
-)
+from ._directions import scale_by_robust_lbfgs
 from ._linesearch import scale_by_weak_wolfe_linesearch
 
 
@@ -62,10 +56,8 @@ def robust_lbfgs(
       >>> optimize(valley, start, optimizer=robust_lbfgs(memory_size=5), gtol=1e-8)
       Array([1., 1.], dtype=float32)
     """
-    check_positive("memory_size", memory_size, whole=True)
+    directions = scale_by_robust_lbfgs(memory_size)
     search = scale_by_weak_wolfe_linesearch(max_linesearch_steps, curv_rtol=curv_rtol)
-    lbfgs = skip_bad_pairs(optax.scale_by_lbfgs(memory_size))
-    directions = short_first_step(restart_when_stuck(rescale_variables(lbfgs)))
     return RobustOptimizer(*optax.chain(directions, optax.scale(-1.0), search))
 
 
