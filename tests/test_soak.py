@@ -38,10 +38,10 @@ def test_fresh_closures_leave_nothing_behind():
 
     many(30)
     specs, programs, objects = live()
-    many(300)
+    many(100)
     more = live()
     assert more[:2] == (specs, programs)
-    assert more[2] - objects < 150  # one for every other solve would be a leak
+    assert more[2] - objects < 50  # one for every other solve would be a leak
 
 
 def test_programs_that_are_traced_anew_leave_nothing_behind():
