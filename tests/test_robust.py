@@ -139,6 +139,20 @@ class TestDirections:
         assert np.abs(updates).max() <= 0.1 * 2 * scale * (1 + 1e-12)
         assert np.abs(updates).max() > 0
 
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_types_stay_and_are_not_mixed(self, dtype: str):
+        lbfgs = robust.scale_by_robust_lbfgs(3)
+        with (
+            jax.numpy_dtype_promotion("strict"),
+            jax.numpy_rank_promotion("raise"),
+        ):
+            y = {"a": jnp.ones(2, dtype), "b": jnp.ones((1, 2), dtype)}
+            state = first = lbfgs.init(y)
+            for _ in range(3):
+                updates, state = jax.jit(lbfgs.update)(y, state, y)
+                chex.assert_trees_all_equal_shapes_and_dtypes(updates, y)
+                chex.assert_trees_all_equal_shapes_and_dtypes(state, first)
+
     def test_lanes_are_as_single_ones(self):
         """Each with a memory of its own length."""
         rng = np.random.default_rng(4)

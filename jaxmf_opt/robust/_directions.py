@@ -142,7 +142,7 @@ def scale_by_robust_lbfgs(
             accept & _all_positive(curvature), curvature, state.curvature
         )
         new = RobustLBFGSState(
-            num_points=state.num_points + accept,
+            num_points=state.num_points + accept.astype(state.num_points.dtype),
             params=params,
             updates=updates,
             steps=write(state.steps, step),
