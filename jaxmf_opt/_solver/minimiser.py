@@ -289,18 +289,20 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         They are the stored ones if there are any.
         """
 
-        def compute(carry: Any) -> tuple[Bool[Array, ""], Scalar, Aux, Y]:
-            here = y
-            if carry is not None:
-                # XLA must not see that no turn of the loop depends on the one before:
-                # in a batch it would move the evaluation out, and so make it always.
-                here, _ = jax.lax.optimization_barrier((y, carry[0]))
-            (loss, aux), grad = jax.value_and_grad(fn, has_aux=True)(here, args)
-            return jnp.array(False), loss, aux, grad
+        def evaluate(at: Y) -> tuple[Scalar, Aux, Y]:
+            (loss, aux), grad = jax.value_and_grad(fn, has_aux=True)(at, args)
+            return loss, aux, grad
 
         found = stored(state.opt_state, y) if state.reuses_linesearch else None
         if found is None:
-            return *compute(None)[1:], jnp.array(1)
+            return *evaluate(y), jnp.array(1)
+
+        def compute(carry: Any) -> tuple[Bool[Array, ""], Scalar, Aux, Y]:
+            # XLA must not see that no turn of the loop depends on the one before: in a
+            # batch it would move the evaluation out, and so make it always.
+            at, _ = jax.lax.optimization_barrier((y, carry[0]))
+            return jnp.array(False), *evaluate(at)
+
         # A loop of at most one turn, because a batched `cond` evaluates both of its
         # branches in every step, a batched loop only where some lane needs it.
         missing = ~jnp.isfinite(found.value)

@@ -134,6 +134,16 @@ def _strategy_of_norm_1(m: Any, params: Array) -> dict[str, Array]:
     return {"strategy_coef": coef / jnp.linalg.norm(coef)}
 
 
+_family_of_matrices = functools.partial(
+    Family,
+    static=lambda s: s.n,
+    needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
+    kept=lambda size, parts: size - 1,
+    is_matrix=True,
+    # Steps are long, so no lane should wait for another.
+    batch_size=1,
+)
+
 FAMILIES = {
     "banded-toeplitz": Family(
         sizes="bands",
@@ -169,35 +179,15 @@ FAMILIES = {
         kept=lambda size, parts: int(np.count_nonzero(parts["output_scale"])),
         grows=True,
     ),
-    "column-normalized-banded": Family(
+    "column-normalized-banded": _family_of_matrices(
         sizes="bands",
         make=_make_banded_matrix(equal_norm=True),
-        static=lambda s: s.n,
-        needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
-        kept=lambda size, parts: size - 1,
-        is_matrix=True,
         can_be_amplified=True,
-        batch_size=1,
     ),
-    "banded": Family(
-        sizes="bands",
-        make=_make_banded_matrix(equal_norm=False),
-        static=lambda s: s.n,
-        needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
-        kept=lambda size, parts: size - 1,
-        is_matrix=True,
-        batch_size=1,
+    "banded": _family_of_matrices(
+        sizes="bands", make=_make_banded_matrix(equal_norm=False)
     ),
-    "dense": Family(
-        sizes="rows",
-        make=_make_dense,
-        static=lambda s: s.n,
-        needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
-        kept=lambda size, parts: size - 1,
-        is_matrix=True,
-        # Steps are long, so no lane should wait for another.
-        batch_size=1,
-    ),
+    "dense": _family_of_matrices(sizes="rows", make=_make_dense),
 }
 
 
