@@ -193,8 +193,9 @@ def _two_loops(state: RobustLBFGSState, start: PyTree) -> PyTree:
     carry = state.updates, state.weights
     q, alphas = jax.lax.fori_loop(0, pairs, to_oldest, carry)
 
-    index, _, change = pair(jnp.zeros_like(pairs))
-    scale = 1 / (state.weights[index] * _dot(change, _times(start, change)))
+    # (By the rounded weight instead of `_dot(step, change)`, some kinks are missed.)
+    _, step, change = pair(jnp.zeros_like(pairs))
+    scale = _dot(step, change) / _dot(change, _times(start, change))
     r = jax.tree.map(lambda x: scale.astype(x.dtype) * x, _times(start, q))
 
     def to_newest(i: Array, r: PyTree) -> PyTree:
