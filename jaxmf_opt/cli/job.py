@@ -99,6 +99,11 @@ class Family:
     starts_in_closed_form: bool = False
     batch_size: int | None = None
 
+    @property
+    def has_fixed_order(self) -> bool:
+        """Whether several epochs have to be of one length and one order."""
+        return self.is_matrix and not self.can_be_amplified
+
 
 def _make_banded(kind: Any) -> Callable[..., Any]:
     def make(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Any:

@@ -12,17 +12,16 @@ References:
   private training, https://arxiv.org/abs/2306.08153.
 """
 
+import functools
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._jax.region import x64_region
-from . import _streaming, _toeplitz
+from . import _linalg, _streaming, _toeplitz
 from ._setup import (
     Count,
     Flag,
@@ -165,7 +164,7 @@ class Dense(eqx.Module):
         inside = self._both_inside
         strategy = jnp.where(inside, _toeplitz.matrix(root), 0.0)
         strategy /= jnp.linalg.norm(strategy, axis=0, keepdims=True)
-        gram = jnp.matmul(strategy.T, strategy, precision=_HIGHEST)
+        gram = _linalg.product(strategy.T, strategy)
         eye = jnp.eye(self.max_n, dtype=gram.dtype)
         is_root = jnp.all(jnp.isfinite(gram) | ~inside)
         gram = jnp.where(is_root & inside, gram, eye)
@@ -194,7 +193,7 @@ class Dense(eqx.Module):
           ValueError: If they have the wrong shape.
         """
         workload, factor = self._workload_and_factor(params)
-        half = _solve(factor, workload.T)
+        half = _linalg.solve(factor, workload.T)
         errors = jnp.sum(half**2, axis=0)
         # The derivative of the largest error, shared by those that are as large.
         largest = (errors == jnp.max(errors)).astype(errors.dtype)
@@ -202,8 +201,8 @@ class Dense(eqx.Module):
         weights = jnp.where(self.max_error, largest, mean)
         n = jnp.asarray(self.n, errors.dtype)
         weights /= jnp.where(self.max_error, jnp.sum(largest), n)
-        whole = _solve(factor, half, transposed=True)
-        gradient = -jnp.matmul(whole * weights[None, :], whole.T, precision=_HIGHEST)
+        whole = _linalg.solve(factor, half, transposed=True)
+        gradient = -_linalg.product(whole * weights[None, :], whole.T)
         loss = jnp.sum(errors * weights)
         return self._or_nan(loss), self._or_nan(self._project(gradient))
 
@@ -222,7 +221,7 @@ class Dense(eqx.Module):
           ValueError: If they have the wrong shape.
         """
         workload, factor = self._workload_and_factor(params)
-        half = _solve(factor, workload.T)
+        half = _linalg.solve(factor, workload.T)
         return self._or_nan(jnp.sum(half**2, axis=0))
 
     def sensitivity_squared(self, params: Matrix) -> Float[Array, ""]:
@@ -258,9 +257,12 @@ class Dense(eqx.Module):
         # Without products of two participations that is the sum over a diagonal.
         far = jnp.abs(self._steps_apart) >= self.min_sep
         orthogonal = ~jnp.any(far & (gram != 0))
-        rows = jax.vmap(self._largest_sum)(gram)
+        largest_sum = functools.partial(
+            _linalg.largest_sum, min_sep=self.min_sep, count=self.max_participations
+        )
+        rows = jax.vmap(largest_sum)(gram)
         rows = jnp.where(orthogonal, jnp.diag(gram), rows)
-        return self._or_nan(jnp.where(at_least, self._largest_sum(rows), fixed))
+        return self._or_nan(jnp.where(at_least, largest_sum(rows), fixed))
 
     def strategy_matrix(self, params: Matrix) -> Float[Array, "max_n max_n"]:
         """The lower-triangular strategy `C` with `X = C^T C`.
@@ -277,7 +279,7 @@ class Dense(eqx.Module):
           ValueError: If they have the wrong shape.
         """
         gram = self._gram(params)
-        return self._or_nan(_cholesky(gram[::-1, ::-1]).T[::-1, ::-1])
+        return self._or_nan(_linalg.cholesky(gram[::-1, ::-1]).T[::-1, ::-1])
 
     def noising_matrix(self, params: Matrix) -> Float[Array, "max_n max_n"]:
         """The inverse of the strategy, by which noise is correlated.
@@ -294,7 +296,7 @@ class Dense(eqx.Module):
         """
         strategy = self.strategy_matrix(params)
         eye = jnp.eye(self.max_n, dtype=strategy.dtype)
-        return _solve(strategy, eye)
+        return _linalg.solve(strategy, eye)
 
     def streaming_matrix(self, params: Matrix) -> Any:
         """The noising matrix `C^{-1}` as jax-privacy takes it, for a sensitivity of 1.
@@ -356,7 +358,7 @@ class Dense(eqx.Module):
         workload = jnp.tri(self.max_n) if workload is None else jnp.asarray(workload)
         dtype = np.promote_types(workload.dtype, gram.dtype)
         workload = jnp.where(self._both_inside, workload, 0.0).astype(dtype)
-        return workload, _cholesky(gram.astype(dtype))
+        return workload, _linalg.cholesky(gram.astype(dtype))
 
     def _gram(self, params: Matrix) -> Array:
         """The parameters; beyond the steps, those of the identity."""
@@ -377,41 +379,8 @@ class Dense(eqx.Module):
         diagonal = jnp.where(moves, diagonal, 0.0)
         return jnp.where(free, gradient, 0.0) + jnp.diag(diagonal)
 
-    def _largest_sum(self, x: Array) -> Array:
-        """The largest sum of elements that one example can take part in.
-
-        By dynamic programming: https://arxiv.org/abs/2306.08153, algorithm 3.
-        """
-
-        def one_more(_: Any, best: Array) -> Array:
-            # best[i] is that of the elements from i on.
-            later = jnp.append(best, jnp.zeros_like(best))
-            later = jax.lax.dynamic_slice(
-                later, (jnp.clip(self.min_sep, 0, x.size),), (x.size,)
-            )
-            return jax.lax.cummax(x + later, reverse=True)
-
-        count = jnp.minimum(self.max_participations, x.size)
-        return jax.lax.fori_loop(0, count, one_more, jnp.zeros_like(x))[0]
-
     def _check_params(self, params: Any) -> Array:
         return jnp.asarray(check_matrix("params", params, self.max_n))
 
     def _or_nan(self, x: Array) -> Array:
         return Requirements(self.valid).or_nan(x)
-
-
-# In a batch, these kernels can wait for ever where the user has made the program. In a
-# region, which leaves the dtypes of its operands alone, they cannot: see `_lapack`.
-def _cholesky(x: Array) -> Array:
-    return x64_region(jnp.linalg.cholesky, x)
-
-
-def _solve(factor: Array, rhs: Array, *, transposed: bool = False) -> Array:
-    def solve(factor: Array, rhs: Array) -> Array:
-        return jsl.solve_triangular(factor, rhs, lower=True, trans=int(transposed))
-
-    return x64_region(solve, factor, rhs)
-
-
-_HIGHEST = jax.lax.Precision.HIGHEST
