@@ -16,7 +16,6 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmf_opt import optimize, solve
-from jaxmf_opt.callbacks import traced
 from jaxmf_opt.mechanisms import Dense
 from jaxmf_opt.sweeps import sweep
 
@@ -53,10 +52,6 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
     def in_python(target: Any) -> Any:
         return minimum(target, callback=tell, **plain)
 
-    def in_program(target: Any) -> Any:
-        stop = traced(lambda info: (info.step >= 2) | (jnp.sum(rows) < 0))
-        return minimum(target, callback=stop, **plain)
-
     def resumed() -> Any:
         half = solve(loss, start, max_optimizer_steps=2, history=True)
         whole = solve(loss, start, state=half.state, **limit)
@@ -74,16 +69,11 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
 
     dense = Dense(8)
     return {
-        "eager": lambda: minimum(1.0),
         "jit of vmap": lambda: jax.jit(jax.vmap(minimum))(targets),
         "grad": lambda: jax.grad(total)(1.0),
         "gradient of data": lambda: jax.jit(jax.grad(of_data))(rows),
-        "callback": lambda: (in_python(1.0), steps),
         "callback, jit": lambda: jax.jit(in_python)(1.0),
-        "callback, jit of vmap": lambda: jax.jit(jax.vmap(in_python))(targets),
-        "traced, vmap": lambda: jax.vmap(in_program)(targets),
         "history and state": resumed,
-        "from NumPy": lambda: from_outside(np.zeros(4)),
         "from outside": lambda: from_outside(OUTSIDE / 2),
         "sweep": swept,
         "sweep, callback, mesh": lambda: swept(
@@ -107,7 +97,7 @@ MESHES = {
         (2, None, ("sweep",)),
         (4, "data", ("callback, jit",)),
     ),
-    "Auto": ((2, "data", ("eager", "gradient of data", "callback, jit", "sweep")),),
+    "Auto": ((2, "data", ("gradient of data", "callback, jit", "sweep")),),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 from processes import report_of
 
 
-@pytest.mark.parametrize(("kind", "count"), [("Explicit", 17), ("Auto", 4)])
+@pytest.mark.parametrize(("kind", "count"), [("Explicit", 12), ("Auto", 3)])
 def test_inside_a_mesh(kind: str, count: int):
     failures = report_of(
         "tests/mesh_cases.py", kind, devices=4, JAX_NUMPY_DTYPE_PROMOTION="standard"

@@ -56,13 +56,9 @@ class TestGoingOn:
         ("way", "optimizer", "rtol"),
         [
             ("eager", "default", 0.0),
-            ("eager", "default", 1e-12),
-            ("eager with a callback", "default", 0.0),
             ("eager with a callback", "zoom", 1e-12),
-            ("jit", "zoom", 0.0),
             ("jit", "adam", 1e-12),
             ("jit of vmap", "default", 1e-12),
-            ("jit of vmap", "adam", 0.0),
         ],
     )
     def test_as_if_it_had_never_stopped(self, way: str, optimizer: str, rtol: float):
@@ -78,7 +74,7 @@ class TestGoingOn:
             assert_same(run(7, run(7)), whole)
             assert_same(run(7, run(0)), whole)
 
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", ["eager with a callback", "jit of vmap"])
     def test_after_a_tolerance_was_met(self, way: str):
         """With the same one there is nothing to do; with a smaller one it goes on."""
 
@@ -92,8 +88,11 @@ class TestGoingOn:
         assert_same(run(1e-3, first), first)
         assert_same(run(1e-9, first), tight)
 
-    @pytest.mark.parametrize("callback", [{}, {"callback": lambda _: None}])
-    @pytest.mark.parametrize("way", [lambda f: f, jax.jit])
+    @pytest.mark.parametrize(
+        ("way", "callback"),
+        [(lambda f: f, {}), (jax.jit, {"callback": lambda _: None})],
+        ids=["eager", "jit"],
+    )
     def test_from_a_run_without_tolerances_and_back(self, way: Any, callback: Any):
         def go_on(steps: int, rtol: float, state: Any = None) -> optx.Solution:
             fn = functools.partial(minimum, ROWS[0], rtol=rtol, **callback)

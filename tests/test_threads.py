@@ -12,7 +12,7 @@ import pytest
 
 from jaxmf_opt import CallbackArgs, optimize, solve, sweep, traced
 
-THREADS, EACH = 6, 2
+THREADS, EACH = 4, 2
 
 
 def centre(thread: int, number: int) -> np.ndarray:

@@ -219,7 +219,6 @@ def tree_problem() -> Problem:
 
 EXACT: dict[str, Callable[[], Problem]] = {
     "toeplitz-mean-16": lambda: toeplitz_problem(16, 4, jnp.mean),
-    "toeplitz-max-128": lambda: toeplitz_problem(128, 16, jnp.max),
     "inverse-last-128": lambda: inverse_toeplitz_problem(128, 16, last),
     "dense-2-epochs": lambda: dense_problem(2),
     "mixed-tree": tree_problem,
@@ -313,9 +312,9 @@ def test_the_default_callback_of_upstream_stops_both_at_the_same_step():
 
 
 @pytest.mark.bits
-def test_the_setting_around_the_call_does_not_matter(x64: bool):
-    del x64
-    ran = compare(tree_problem())
+def test_the_setting_around_the_call_does_not_matter():
+    with jax.enable_x64():
+        ran = compare(tree_problem())
     assert_identical(ran.ours.result, exact("mixed-tree").theirs.result)
     assert_identical(ran.theirs.result, exact("mixed-tree").theirs.result)
     assert_identical(ran.loop, exact("mixed-tree").theirs.result)
@@ -579,7 +578,7 @@ few = functools.partial(
 
 
 @pytest.mark.bits
-@few(max_examples=3)
+@few(max_examples=2)
 @hypothesis.given(tree=TREES, seed=st.integers(0, 2**32 - 1))
 def test_any_convex_loss_of_any_tree(tree: PyTree, seed: int):
     theirs, ours, loop = compare(random_problem(tree, seed))

@@ -1,7 +1,6 @@
 """The derivative of a minimum, by every transformation and for every kind of loss."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -237,8 +236,8 @@ DERIVATIVES: dict[str, Callable[[Map], Any]] = {
 WAYS = {**VALUES, **DERIVATIVES}
 
 
-def batched(f: Map, *, inner: Any = lambda f: f, outer: Any = lambda f: f) -> Map:
-    return lambda c: outer(jax.vmap(inner(f)))(stacked(c))
+def batched(f: Map) -> Map:
+    return lambda c: jax.vmap(f)(stacked(c))
 
 
 def batched_twice(f: Map) -> Map:
@@ -282,18 +281,10 @@ CONTROL: dict[str, Callable[[Map], Map]] = {
 }
 MORE_WAYS = {
     "vmap of vmap": batched_twice,
-    "vmap of jit": functools.partial(batched, inner=jax.jit),
-    "jit of vmap": functools.partial(batched, outer=jax.jit),
     "filter_jit of filter_vmap": lambda f: (
         lambda c: eqx.filter_jit(eqx.filter_vmap(f))(stacked(c))
     ),
-    **CONTROL,
     **{f"vmap of {k}": lambda f, k=k: batched(CONTROL[k](f)) for k in CONTROL},
-    **{
-        f"vmap of {k}": lambda f, k=k: batched(DERIVATIVES[k](f))
-        for k in ("jvp", "jacrev")
-    },
-    "jit of vmap of hessian": lambda f: batched(jax.hessian(scalar(f)), outer=jax.jit),
 }
 ALL_WAYS = {**WAYS, **MORE_WAYS}
 
@@ -301,15 +292,13 @@ SOME = ["scan", "solve", "fft"]
 
 
 def cells() -> Iterator[tuple[str, str, bool]]:
-    """Ways, losses and whether x64 is on: each way, and each loss, at least once.
+    """Ways, losses and whether x64 is on: each way once, and each loss twice.
 
     (All ways with all losses take many times as long.)
     """
     losses = list(LOSSES)
     for i, way in enumerate(WAYS):
         yield way, losses[i % len(losses)], i % 2 == 0
-    for i, loss in enumerate(losses):
-        yield "hessian" if loss == "scan" else "value_and_grad", loss, i % 2 == 1
     # More ways to nest the same.
     for i, way in enumerate(MORE_WAYS):
         yield way, SOME[i % len(SOME)], i % 2 == 0
@@ -472,11 +461,17 @@ class TestProjectedGradient:
         return optimize(loss, start, grad=True, optimizer=PLAIN, linear_solver=solver)
 
     @pytest.mark.parametrize(
-        ("projection", "solver"),
-        [(COUPLED[0], None), (COUPLED[1], None), (COUPLED[0], MATRIX_FREE)],
+        ("projection", "solver", "jacobian"),
+        [
+            (COUPLED[0], None, jax.jacfwd),
+            (COUPLED[1], None, jax.jacrev),
+            (COUPLED[0], MATRIX_FREE, jax.jacrev),
+        ],
         ids=["mask", "sum", "mask, matrix-free"],
     )
-    def test_of_a_coupled_loss(self, projection: np.ndarray, solver: Any):
+    def test_of_a_coupled_loss(
+        self, projection: np.ndarray, solver: Any, jacobian: Callable[..., Any]
+    ):
         # Along the one direction that is left, a quadratic function of one number.
         along = np.linalg.eigh(projection)[1][:, 1]
         want = np.outer(along, along) / (along @ A @ along)
@@ -485,9 +480,7 @@ class TestProjectedGradient:
             y = self.minimum(jnp.asarray(C), projection)
         np.testing.assert_allclose(held @ np.asarray(y), held @ self.START, atol=1e-12)
         minimum = functools.partial(self.minimum, projection=projection, solver=solver)
-        for jacobian in (jax.jacfwd, jax.jacrev):
-            got = jax.jit(jacobian(minimum))(point())
-            assert_close(got, want)
+        assert_close(jax.jit(jacobian(minimum))(point()), want)
 
 
 def root(c: jax.Array, linear_solver: lx.AbstractLinearSolver | None = None) -> Any:
@@ -527,25 +520,15 @@ class TestTheUsersGradient:
         rows = np.linalg.inv(SKEW).sum(axis=0)
         assert_close(got, np.diag(-rows * np.sin(C)))
 
-    @pytest.mark.parametrize("solver", ["direct", "LSMR", "SVD"])
-    def test_solvers(self, solver: str):
-        linear_solver = {
-            "direct": None,
-            "LSMR": lx.LSMR(rtol=1e-12, atol=1e-12),
-            "SVD": lx.SVD(),
-        }[solver]
+    def test_without_a_matrix(self):
+        linear_solver = lx.LSMR(rtol=1e-12, atol=1e-12)
         got = jax.jit(jax.grad(lambda c: jnp.sum(root(c, linear_solver))))(point())
         assert_close(got, ROOT_JACOBIAN.sum(axis=0))
 
 
 class TestLinearSolver:
-    @pytest.mark.parametrize(
-        ("solver", "transform"),
-        [("SVD", jax.grad), ("CG", jax.hessian)],
-    )
-    def test_given_by_the_caller(self, solver: str, transform: Callable[..., Any]):
-        chosen = {"SVD": lx.SVD(), "CG": lx.CG(rtol=1e-10, atol=1e-10)}[solver]
-
+    @pytest.mark.parametrize("chosen", [lx.SVD(), lx.CG(rtol=1e-10, atol=1e-10)])
+    def test_given_by_the_caller(self, chosen: lx.AbstractLinearSolver):
         def minimum(c: jax.Array) -> jax.Array:
             return optimize(
                 lambda y: jnp.sum(jnp.cosh(y)) - c.astype(y.dtype) @ A @ y,
@@ -554,10 +537,8 @@ class TestLinearSolver:
                 linear_solver=chosen,
             )
 
-        got = jax.jit(transform(lambda c: jnp.sum(minimum(c))))(point())
-        with jax.enable_x64():
-            closed = lambda c: jnp.sum(jnp.arcsinh(A @ c))  # noqa: E731
-            want = transform(closed)(jnp.asarray(C))
+        got = jax.jit(jax.grad(lambda c: jnp.sum(minimum(c))))(point())
+        want = A.T @ (1 / np.sqrt(1 + (A @ C) ** 2))
         assert_dtype(got)
         assert_close(got, want)
 
@@ -593,24 +574,18 @@ class TestLinearSolver:
         assert compiled_text is not None
         assert "callback" not in compiled_text
 
-    WAYS: dict[str, Any] = {  # noqa: RUF012
-        "jacfwd": jax.jacfwd,
-        "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f)),
-    }
-
-    @pytest.mark.parametrize("way", WAYS)
-    def test_singular_without_a_matrix(self, way: str):
-        """First and second derivatives of a minimum that is not unique."""
-        transform = self.WAYS[way]
+    def test_singular_without_a_matrix(self):
+        """The derivative of a minimum that is not unique."""
         with jax.enable_x64():
             c = jnp.asarray(WEIGHTS)
-            got = transform(lambda c: direction(invariant_minimum(c, MATRIX_FREE)))(c)
-            want = transform(lambda c: direction(c**0.25))(c)
+            fn = lambda c: direction(invariant_minimum(c, MATRIX_FREE))  # noqa: E731
+            got = jax.jit(jax.jacfwd(fn))(c)
+            want = jax.jacfwd(lambda c: direction(c**0.25))(c)
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-8)
 
     def test_a_cotangent_outside_of_the_range(self, never_direct: None):
         """The length of the minimum does not move, and no solver goes astray."""
-        n = 300
+        n = 30
         length = lambda c: jnp.sum(invariant_minimum(c) ** 2)  # noqa: E731
         got = jax.jit(jax.grad(length))(jnp.linspace(1.0, 2.0, n))
         np.testing.assert_allclose(got, 0.0, atol=1e-5)
@@ -799,25 +774,12 @@ def bilevel(y: Map) -> Map:
     return outer
 
 
-ORDERS: dict[str, Any] = {
-    "".join(name[3] for name in names): names
-    for names in [
-        *itertools.product(["jacfwd", "jacrev"], repeat=2),
-        ("jacrev", "jacrev", "jacrev"),
-        ("jacfwd", "jacrev", "jacfwd"),
-    ]
-}
 LOOPS: dict[str, Callable[[Map], Map]] = {
     "map": lambda y: lambda c: jax.lax.map(y, c[None])[0],
     "scan carry": lambda y: (
         lambda c: jax.lax.scan(lambda x, _: (y(x), None), c, length=2)[0]
     ),
     "trajectory": trajectory,
-    "map of map": lambda y: (
-        lambda c: jax.lax.map(lambda row: jnp.sum(jax.lax.map(y, row)), c[None, None])[
-            0
-        ]
-    ),
     "vmap of map": lambda y: (
         lambda c: jax.vmap(lambda row: jax.lax.map(y, row))(c[None, None])[0, 0]
     ),
@@ -839,15 +801,19 @@ class TestHigherOrders:
     @pytest.mark.parametrize(
         ("loop", "order"),
         [
-            *((loop, list(ORDERS)[i % 4]) for i, loop in enumerate(LOOPS)),
             ("map", "frf"),
-            ("trajectory", "rrr"),
+            ("scan carry", "fr"),
+            ("trajectory", "rr"),
+            ("vmap of map", "ff"),
+            ("jit of checkpoint of map", "fr"),
+            ("cond in scan", "rf"),
+            ("solve in solve", "r"),
         ],
     )
     def test_of_loops(self, loop: str, order: str):
         def derivative(y: Map) -> Map:
-            for name in ORDERS[order]:
-                y = getattr(jax, name)(y)
+            for name in order:
+                y = {"f": jax.jacfwd, "r": jax.jacrev}[name](y)
             return y
 
         got = jax.jit(derivative(LOOPS[loop](cubic)))(point(False, 2.0))

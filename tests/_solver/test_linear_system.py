@@ -144,7 +144,8 @@ def test_derivatives_of_the_group_inverse():
 
         for symmetric in True, False:
             fn = functools.partial(at, symmetric=symmetric)
-            first, second = jax.jacfwd(fn), jax.jacfwd(jax.jacrev(fn))
+            first = jax.jit(jax.jacfwd(fn))
+            second = jax.jit(jax.jacfwd(jax.jacrev(fn)))
             step, t = 1e-4, jnp.asarray(0.3)
             difference = (fn(t + step) - fn(t - step)) / (2 * step)
             np.testing.assert_allclose(first(t), difference, rtol=1e-6, atol=1e-6)
@@ -172,7 +173,7 @@ class TestUnsolved:
             few = {"optimizer": optax.sgd(0.01), "max_optimizer_steps": 2}
             return optimize(loss, jnp.zeros(40), linear_solver=solver, **few)
 
-        assert np.isnan(derivative(minimum)(jnp.ones(40))).all()
+        assert np.isnan(jax.jit(derivative(minimum))(jnp.ones(40))).all()
 
     def test_of_many_parameters_is_nan_or_right(self, monkeypatch: pytest.MonkeyPatch):
         """With a condition at which no product will do, above the size of matrices."""
@@ -205,5 +206,5 @@ def test_curvatures_of_different_units():
 
     for derivative in jax.jacfwd, jax.jacrev:
         np.testing.assert_allclose(
-            derivative(minimum)(jnp.ones(())), [1.0, 1.0], rtol=1e-6
+            jax.jit(derivative(minimum))(jnp.ones(())), [1.0, 1.0], rtol=1e-6
         )

@@ -348,7 +348,7 @@ class TestElsewhere:
     def test_devices(self, tmp_path: Path):
         """The blocks that are missing are solved, and no others; to the same bits."""
         report = report_of(__file__, "devices", str(tmp_path), devices=4)
-        assert report == [2, 5, 7, 2]
+        assert report == [2, 7]
 
     def test_processes(self, template: Path, tmp_path: Path):
         shutil.copytree(template, tmp_path / "0")
@@ -600,7 +600,7 @@ def on_devices(directory: str) -> list[int]:
 
     solved = []
     with each_block():
-        for first, then, lost in (1, 4, 2), (4, 1, 5), (4, 3, 7), (2, 4, 2):
+        for first, then, lost in (1, 4, 2), (4, 3, 7):
             kept = Path(directory) / f"{first} {then}"
             want = small(kept, mesh=mesh(first))
             for path in numbered(kept)[:lost]:
