@@ -191,9 +191,10 @@ def run_mechanisms(
     return results
 
 
-def run_batch(peers: Mapping[str, Peer], lanes: int) -> dict[str, Any]:
+def run_batch(
+    peers: Mapping[str, Peer], problem: Problem, lanes: int
+) -> dict[str, Any]:
     """For each solver: the milliseconds of a batch, every lane of which is solved."""
-    problem = banded(256, 16)
     momenta = jnp.linspace(0.0, 0.99, lanes)
     losses = jax.jit(jax.vmap(problem.loss))
     both = jax.jit(jax.vmap(jax.value_and_grad(problem.loss), (None, 0)))
@@ -212,7 +213,7 @@ def run_batch(peers: Mapping[str, Peer], lanes: int) -> dict[str, Any]:
         call = jax.jit(every) if peer.compiled else every
         tried[name] = []
         # Traced, a solver in Python does not see its tolerance: one is enough.
-        blind = peer.traceable and not peer.compiled
+        blind = not peer.has_tolerance or (peer.traceable and not peer.compiled)
         for tol in TOLERANCES[-1:] if blind else TOLERANCES:
             batch = functools.partial(call, momenta, tol)
             points = attempt(batch)
@@ -309,7 +310,7 @@ def measure(quick: bool) -> dict[str, Any]:
     with jax.enable_x64(), jax.default_device(cpu):
         peers = by_rtol | THEIRS
         results["mechanisms"] = run_mechanisms(peers, list(mechanisms())[few])
-        results["batch"] = run_batch(peers, LANES)
+        results["batch"] = run_batch(peers, banded(256, 16), LANES)
         results["derivative"] = run_derivative(peers)
         problems = list(unconstrained_cutest(MAX_SIZE))[few]
         results["cutest"] = run_cutest(by_gradient | THEIRS, problems)

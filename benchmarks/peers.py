@@ -33,11 +33,13 @@ class Peer(NamedTuple):
       compiled: Whether to call it under `jax.jit`. (If not, it is ordinary Python that
         calls compiled functions.)
       traceable: Whether JAX's transformations can be tried on it.
+      has_tolerance: Whether it looks at its tolerance.
     """
 
     solve: Solver
     compiled: bool = True
     traceable: bool = True
+    has_tolerance: bool = True
 
 
 def ours(optimizer: Any, tolerance: str = "gtol") -> Solver:
