@@ -26,8 +26,7 @@ OUTSIDE = jnp.arange(4.0)  # made before there is a mesh
 
 def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
     start, targets = jnp.zeros(4), np.arange(2, dtype=np.float32)
-    # The optimizer of the first two and of the sweeps is L-BFGS; this compiles in a
-    # third of the time.
+    # That of the first is L-BFGS; this compiles in a third of the time.
     limit: Any = {"max_optimizer_steps": STEPS}
     plain: Any = {"optimizer": optax.sgd(0.05), **limit}
     steps: list[int] = []
@@ -58,7 +57,7 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
         return half.stats["history"].loss, whole.value
 
     def swept(**options: Any) -> Any:
-        solution = sweep(loss, start, targets, **limit, **options)
+        solution = sweep(loss, start, targets, **plain, **options)
         return solution.value, solution.stats["num_steps"]
 
     def from_outside(start: Any) -> Any:

@@ -16,7 +16,7 @@ MARKED = {
     "bits": ("--optimized", "test_upstream.py"),
     "annotated": (
         "--jaxtyping-packages=jaxmf_opt,beartype.beartype",
-        *("test_docstrings.py", "test_strict.py"),
+        "test_docstrings.py",
     ),
 }
 

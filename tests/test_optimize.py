@@ -34,11 +34,6 @@ def minimum(start: jax.Array, centre: jax.Array) -> jax.Array:
 
 STARTS = jnp.arange(6.0).reshape(2, 3)
 WAYS: dict[str, tuple[Callable[..., Any], Any]] = {
-    "jit": (jax.jit(minimum), (STARTS[0], CENTRES[0])),
-    "jit, constant params": (
-        jax.jit(lambda c: minimum(jnp.zeros(3), c)),
-        (CENTRES[0],),
-    ),
     "jit, constant loss": (
         jax.jit(lambda s: minimum(s, CENTRES[0])),
         (STARTS[0],),
@@ -51,8 +46,6 @@ WAYS: dict[str, tuple[Callable[..., Any], Any]] = {
         jax.vmap(minimum, in_axes=(None, 0)),
         (STARTS[0], CENTRES),
     ),
-    "vmap over both": (jax.vmap(minimum), (STARTS, CENTRES)),
-    "vmap of jit": (jax.vmap(jax.jit(minimum)), (STARTS, CENTRES)),
     "jit of vmap of vmap of jit": (
         jax.jit(jax.vmap(jax.vmap(jax.jit(minimum), (None, 0)), (0, None))),
         (STARTS, CENTRES),

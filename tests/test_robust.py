@@ -209,7 +209,7 @@ def searched(fn: Any, y: Any, *, scale: Any = 1.0, **options: Any) -> Any:
 
 
 class TestLineSearch:
-    @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+    @pytest.mark.parametrize("scale", [1e-3, 1e3])
     @pytest.mark.parametrize("name", ALONG)
     def test_both_conditions_hold_or_nothing_is_lost(self, name: str, scale: float):
         fn, slope = ALONG[name], jax.grad(ALONG[name])

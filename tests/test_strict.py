@@ -1,9 +1,8 @@
-"""Solves in programs that forbid to mix types and ranks of arrays.
+"""Solves in programs that forbid to mix types and ranks of arrays, as all tests do.
 
 optax and optimistix mix them, and must not be asked not to; the user's loss must.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,8 +17,6 @@ from jaxmf_opt import (
     ROBUST_OPTIMIZER,
     LeanOptaxMinimiser,
     solve,
-    sweep,
-    traced,
 )
 
 OPTIMIZERS = {
@@ -30,45 +27,12 @@ OPTIMIZERS = {
 }
 
 
-# The settings are those of the whole suite.
-pytestmark = pytest.mark.annotated
-
-
 def run(center: Any, **options: Any) -> Any:
     def loss(x: jax.Array) -> jax.Array:
         return jnp.sum((x - jnp.asarray(center, x.dtype)) ** 2)
 
     options = {"max_optimizer_steps": 30, "rtol": 1e-6, **options}
     return solve(loss, jnp.zeros(3), **options)
-
-
-def value(center: Any) -> jax.Array:
-    return run(center).value.sum()
-
-
-WAYS: dict[str, Callable[[jax.Array], Any]] = {
-    "eager": lambda c: run(c[0]),
-    "vmap of jit": lambda c: jax.vmap(jax.jit(run))(c),
-    "jit of vmap": lambda c: jax.jit(jax.vmap(run))(c),
-    "gradient": lambda c: jax.grad(value)(c[0]),
-    "Hessian": lambda c: jax.hessian(value)(c[0]),
-    "callback": lambda c: run(c[0], callback=lambda _: False),
-    "callback in a program": lambda c: jax.jit(
-        lambda c: run(c, callback=lambda _: False)
-    )(c[0]),
-    "traced callback": lambda c: run(c[0], callback=traced(lambda i: i.loss < 0.1)),
-    "history": lambda c: jax.jit(lambda c: run(c, history=True))(c[0]),
-    "state": lambda c: jax.jit(lambda c: run(c, state=run(c).state))(c[0]),
-    "throw": lambda c: jax.jit(lambda c: run(c, throw=True))(c[0]),
-    "sweep": lambda c: sweep(
-        lambda x, c: jnp.sum((x - c.astype(x.dtype)) ** 2), jnp.zeros(3), c, rtol=1e-6
-    ),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_solve(way: str):
-    jax.block_until_ready(WAYS[way](jnp.array([0.5, 1.0])))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -20,7 +20,6 @@ import numpy as np
 import optax
 import pytest
 from jax_privacy.matrix_factorization import (
-    banded,
     buffered_toeplitz,
     dense,
     optimization,
@@ -262,17 +261,6 @@ def test_callback_args_have_the_fields_of_upstream():
     assert [f.name for f in dataclasses.fields(jaxmf_opt.CallbackArgs)] == theirs
 
 
-@pytest.mark.bits
-def test_the_default_optimizer_is_that_of_upstream():
-    """Whichever of the two is named, it leads to where upstream's leads."""
-    problem = EXACT["toeplitz-mean-16"]()
-    for optimizer in (optimization.DEFAULT_OPTIMIZER, jaxmf_opt.DEFAULT_OPTIMIZER):
-        result = jaxmf_opt.optimize(
-            problem.loss, problem.params, optimizer=optimizer, **problem.options
-        )
-        assert_identical(result, exact("toeplitz-mean-16").theirs.result)
-
-
 # --- The sequence of steps ----------------------------------------------------------
 
 
@@ -444,12 +432,6 @@ class Strategy(NamedTuple):
 
 
 STRATEGIES = {
-    "toeplitz-max": Strategy(
-        lambda: toeplitz.optimize_banded_toeplitz(
-            64, 8, reduction_fn=jnp.max, max_optimizer_steps=60
-        ),
-        x64=True,
-    ),
     # This one optimizes in worker threads, a number of bands in each.
     "toeplitz-amplified": Strategy(
         lambda: toeplitz.optimize_coefs_for_amplifications(
@@ -461,9 +443,6 @@ STRATEGIES = {
             max_optimizer_steps=30,
         ),
         x64=False,
-    ),
-    "banded": Strategy(
-        lambda: banded.optimize(8, bands=3, max_optimizer_steps=20), x64=False
     ),
     # Upstream's dense code asks for float64 itself, which JAX grants in 64 bits only.
     "dense": Strategy(lambda: dense.optimize(16, epochs=2), x64=True),

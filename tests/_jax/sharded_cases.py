@@ -216,10 +216,6 @@ def grad_of_named_sharding() -> float:
     return off(grad(sharded(ROWS)), np.cos(ROWS) * WEIGHTS)
 
 
-def eager_vmap_of_named_sharding() -> float:
-    return off(jax.vmap(minimum)(sharded(ROWS)), np.sin(ROWS))
-
-
 # Regions that have nothing to do with solving: `c` varies over the devices, `m` is the
 # same on all. Carries start from constants, which vary over nothing.
 REGIONS: dict[str, Function] = {
@@ -268,13 +264,6 @@ def region(fn: Function) -> float:
     return max(e / s for e, s in zip(errors, scales, strict=True))
 
 
-def eager_region(fn: Function) -> float:
-    with jax.enable_x64():
-        want = np.asarray(blockwise(fn)(ROWS.astype(float), MATRIX.astype(float)))
-    got = split(in_float32_program(fn), True, MATRIX)(ROWS, MATRIX)
-    return off(got, want) / max(1.0, float(np.max(np.abs(want))))
-
-
 BOTH_WAYS: tuple[Callable[[bool], float], ...] = (
     value,
     grad_of_replicated,
@@ -290,7 +279,6 @@ ONCE: tuple[Callable[[], float], ...] = (
     communication_is_seen,
     jit_of_named_sharding,
     grad_of_named_sharding,
-    eager_vmap_of_named_sharding,
 )
 CASES: dict[str, Case] = {
     **{
@@ -299,7 +287,6 @@ CASES: dict[str, Case] = {
     },
     **{case.__name__: case for case in ONCE},
     **{f"region-{name}": functools.partial(region, fn) for name, fn in REGIONS.items()},
-    "eager_region-scan": functools.partial(eager_region, REGIONS["scan"]),
 }
 
 

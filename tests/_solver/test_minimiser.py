@@ -43,9 +43,6 @@ OPTIMIZERS = {
     "scaled after the line search": optax.chain(optax.lbfgs(), optax.scale(0.5)),
     "adam": optax.adam(1e-2),
     "schedule from 0": optax.sgd(optax.linear_schedule(0.0, 1e-3, 5)),
-    "momentum, clipped": optax.chain(
-        optax.clip_by_global_norm(1.0), optax.sgd(1e-2, 0.9)
-    ),
     "multi steps": optax.MultiSteps(optax.sgd(1e-3), 3).gradient_transformation(),
     "hyperparameters in the state": optax.inject_hyperparams(optax.adam)(1e-2),
     "plain transformation": optax.GradientTransformation(
@@ -183,7 +180,6 @@ class Counted:
             "scaled after the line search",
             lambda s: 1 + s.opt_state[0][-1].info.num_linesearch_steps,
         ),
-        ("adam", lambda s: 1),
         ("multi steps", lambda s: 1),
     ],
 )

@@ -48,7 +48,6 @@ CALLBACKS: dict[str, Any] = {
 # Each way and each kind of callback, and the two kinds of loops.
 PAIRS = [
     ("eager", "host"),
-    ("eager", "none"),
     ("jit", "traced"),
     ("jit of vmap", "host"),
 ]
@@ -102,11 +101,9 @@ OPTIMIZERS: dict[str, Any] = {
         )
     },
     "scaled behind the search": {"optimizer": optax.chain(ZOOM, optax.scale(0.5))},
-    "adam": {"optimizer": optax.adam(0.1)},
     "every other step": {
         "optimizer": optax.conditionally_mask(ZOOM, _is_even),
     },
-    "a tolerance": {"gtol": 1e-3},
 }
 
 
