@@ -68,14 +68,25 @@ def raise_alarm(
     Raises:
       FloatingPointError: If it is not finite, in a way that is asked for.
     """
+    if _alarming(results):
+        jax.jit(jax.value_and_grad(loss))(y, captured)
+    raise_if_alarmed(results)
+
+
+def raise_if_alarmed(results: PyTree) -> None:
+    """The same where the loss is not known."""
+    if kind := _alarming(results):
+        raise FloatingPointError(
+            f"invalid value ({kind}) in the loss, its gradient or the parameters of a "
+            "solve"
+        )
+
+
+def _alarming(results: PyTree) -> str | None:
     with no_alarms():
         leaves = [np.asarray(x) for x in jax.tree.leaves(results)]
-    nans = _config.jax_debug_nans and any(np.isnan(x).any() for x in leaves)
-    infs = _config.jax_debug_infs and any(np.isinf(x).any() for x in leaves)
-    if not (nans or infs):
-        return
-    jax.jit(jax.value_and_grad(loss))(y, captured)
-    kind = "nan" if nans else "inf"
-    raise FloatingPointError(
-        f"invalid value ({kind}) in the loss, its gradient or the parameters of a solve"
-    )
+    if _config.jax_debug_nans and any(np.isnan(x).any() for x in leaves):
+        return "nan"
+    if _config.jax_debug_infs and any(np.isinf(x).any() for x in leaves):
+        return "inf"
+    return None

@@ -25,6 +25,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array
 
 from .compat import expand_jaxpr
+from .debugging import alarms, no_alarms
 from .host_callback import OriginalExceptions, calls_host
 from .lapack import one_by_one, with_fresh_caches
 from .loss_callbacks import has_callbacks, with_all_bits
@@ -56,7 +57,8 @@ def x64_region(
         they are zero, and is a region itself. (A `jax.custom_jvp` would not do: JAX's
         partial evaluation, by which `jax.lax.scan` is differentiated in reverse,
         replaces it by its body and forgets its rule.) With respect to what `fn` closes
-        over it is zero.
+        over it is zero. JAX's alarms are off while such a region is evaluated eagerly;
+        if one is on, a method `look` of `tangent` is called with what `fn` returned.
 
     Returns:
       What `fn(*args)` returns when all of JAX runs with 64-bit types.
@@ -103,6 +105,12 @@ class _Rule(NamedTuple):
         )
         return out, self.out_tree.flatten_up_to(dots)
 
+    def look(self, out: Sequence[Array]) -> None:
+        """Has the results looked at, if there is a `look` of the tangent."""
+        look = getattr(self.tangent, "look", None)
+        if look is not None:
+            look(jax.tree.unflatten(self.out_tree, out))
+
 
 class _BatchedRule(NamedTuple):
     """The derivative of a batch of such regions: the batch of the derivatives."""
@@ -130,6 +138,10 @@ class _BatchedRule(NamedTuple):
                 spmd_axis_name=spmd_name,
             )(list(primals), list(tangents))
 
+    def look(self, out: Sequence[Array]) -> None:
+        """Has the results of all lanes looked at."""
+        self.rule.look(out)
+
 
 def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, ad.Zero)
@@ -142,8 +154,19 @@ region_p.multiple_results = True
 # Eager evaluation, as happens under an eager `vmap` or `grad`. Compiled programs are
 # shared between regions of the same structure: the jaxpr is a new object at each call.
 @region_p.def_impl
-def _impl(*args: Any, jaxpr: jex.ClosedJaxpr, rule: Any) -> list[Array]:
-    del rule
+def _impl(
+    *args: Any, jaxpr: jex.ClosedJaxpr, rule: _Rule | _BatchedRule | None
+) -> list[Array]:
+    if rule is None or not alarms():
+        return _run(args, jaxpr)
+    # JAX would raise its alarm also for what is not known in a solve.
+    with no_alarms():
+        out = _run(args, jaxpr)
+    rule.look(out)
+    return out
+
+
+def _run(args: Sequence[Any], jaxpr: jex.ClosedJaxpr) -> list[Array]:
     with inside_region():
         run = compiled(jaxpr)
         if not calls_host(jaxpr.jaxpr):

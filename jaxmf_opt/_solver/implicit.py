@@ -26,6 +26,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._jax.debugging import raise_if_alarmed
 from .._jax.region import x64_region
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
 from .group_inverse import as_matrix, group_inverse, rows_of, unit
@@ -136,6 +137,10 @@ class _TangentOfSolve:
         dy = x64_region(tangent, solution.value, captured, moves, may_close=False)
         none = lambda x: x is None  # noqa: E731
         return eqx.tree_at(lambda s: s.value, still, dy, is_leaf=none)
+
+    def look(self, solution: Solution) -> None:
+        """Raises JAX's alarm where the solution is not finite."""
+        raise_if_alarmed((solution.value, solution.state.minimiser.loss))
 
 
 def tangent_of_minimum(

@@ -80,6 +80,8 @@ def test_an_alarm_where_the_loss_is_not(alarm: float):
         lambda: optimize(bad, start),
         lambda: optimize(bad, start, rtol=1e-8),
         lambda: optimize(bad, start, callback=lambda info: steps.append(info.step)),
+        lambda: jax.vmap(lambda c: optimize(lambda x: bad(x, c), start))(LANES),
+        lambda: jax.grad(lambda c: optimize(lambda x: bad(x, c), start)[0])(0.5),
         lambda: sweep(bad, start, LANES),
         lambda: sweep(bad, start, LANES, rtol=0.0),
     ]

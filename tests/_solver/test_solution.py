@@ -215,40 +215,33 @@ class Case:
 
 LIMIT, NONFINITE, OK = R.nonlinear_max_steps_reached, R.nonfinite, R.successful
 STUCK = R.stagnation
-# By the default optimizer, a zoom search, gradient descent with a fixed step, and the
-# robust optimizer.
+# By the default optimizer, gradient descent with a fixed step, and the robust one.
 HARD = {
-    "minimum": Case(lambda y: jnp.cosh(y - 1).sum(), 0.0, OK, OK, LIMIT, OK),
-    "minimum at the start": Case(lambda y: (y**2).sum(), 0.0, OK, OK, OK, OK),
-    "flat": Case(lambda y: 0.0 * y.sum() + 3, 1.0, OK, OK, OK, OK),
-    "unbounded, slowly": Case(lambda y: y.sum(), 1.0, LIMIT, LIMIT, LIMIT, LIMIT),
-    "unbounded, fast": Case(
-        lambda y: -jnp.exp(y).sum(), 1.0, LIMIT, NONFINITE, None, STUCK
-    ),
+    "minimum": Case(lambda y: jnp.cosh(y - 1).sum(), 0.0, OK, LIMIT, OK),
+    "minimum at the start": Case(lambda y: (y**2).sum(), 0.0, OK, OK, OK),
+    "flat": Case(lambda y: 0.0 * y.sum() + 3, 1.0, OK, OK, OK),
+    "unbounded, slowly": Case(lambda y: y.sum(), 1.0, LIMIT, LIMIT, LIMIT),
+    "unbounded, fast": Case(lambda y: -jnp.exp(y).sum(), 1.0, LIMIT, None, STUCK),
     "NaN everywhere": Case(
         lambda y: jnp.log(-1 - y**2).sum(),
         1.0,
-        NONFINITE,
-        NONFINITE,
-        NONFINITE,
-        NONFINITE,
+        *[NONFINITE] * 3,
     ),
-    "infinite at the start": Case(lambda y: (1 / y).sum(), 0.0, *[NONFINITE] * 4),
+    "infinite at the start": Case(lambda y: (1 / y).sum(), 0.0, *[NONFINITE] * 3),
     "steps out of its domain": Case(
-        lambda y: (y - 1e-3 * jnp.log(y)).sum(), 1.0, OK, OK, NONFINITE, OK
+        lambda y: (y - 1e-3 * jnp.log(y)).sum(), 1.0, OK, NONFINITE, OK
     ),
     "gradients of 1e300": Case(
-        lambda y: 1e300 * ((y - 0.25) ** 2).sum(), 1.0, STUCK, LIMIT, NONFINITE, STUCK
+        lambda y: 1e300 * ((y - 0.25) ** 2).sum(), 1.0, STUCK, NONFINITE, STUCK
     ),
     "too steep": Case(
         lambda y: 1e8 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2,
         -1.2,
-        *(STUCK, LIMIT, NONFINITE, LIMIT),
+        *(STUCK, NONFINITE, LIMIT),
     ),
 }
 SOLVERS: list[dict[str, Any]] = [
     {},
-    {"optimizer": ZOOM},
     {"optimizer": optax.sgd(0.25)},
     {"optimizer": ROBUST_OPTIMIZER},
 ]
@@ -256,9 +249,7 @@ SOLVERS: list[dict[str, Any]] = [
 
 class TestResult:
     @pytest.mark.parametrize("name", HARD)
-    @pytest.mark.parametrize(
-        "solver", range(4), ids=["default", "zoom", "descent", "robust"]
-    )
+    @pytest.mark.parametrize("solver", range(3), ids=["default", "descent", "robust"])
     def test_status_and_finite_value(self, name: str, solver: int):
         case = HARD[name]
         solution = solve(case.loss, case.start, rtol=0.0, **SOLVERS[solver])

@@ -279,15 +279,12 @@ RICH: dict[str, Any] = {
 }
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "type of params": ({"params": START.astype(np.float32)}, SHARED),
-    "params": ({"params": np.nextafter(START, 9)}, SHARED),
     "hyperparams": ({"hyperparams": np.nextafter(CURVATURES, 0)}, DIFFERS),
     "fewer lanes": ({"hyperparams": CURVATURES[:-1]}, "lanes of this process"),
     "formula": ({"loss_fn": lambda y, c: valley(y, c) + 1e-300}, SHARED),
     "closure": ({"loss_fn": jax.jit(with_weights(np.nextafter(WEIGHTS, 9)))}, SHARED),
     "number in the optimizer": ({"optimizer": noisy(0.02, 0)}, SHARED),
-    "key in the optimizer": ({"optimizer": noisy(0.01, 1)}, SHARED),
     "tolerance": ({"gtol": lambda c: 2e-3 * c}, SHARED),
-    "steps": ({"max_optimizer_steps": 21}, SHARED),
     "history": ({"history": True}, SHARED),
     "callback": ({"callback": below(1e-300)}, SHARED),
     "batch_size": ({"batch_size": 12}, "batch_size of this process (there 8, here 12)"),
