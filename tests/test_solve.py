@@ -142,6 +142,7 @@ class TestGoingOn:
     def test_after_a_callback_has_stopped_it(self):
         stopped = minimum(ROWS[0], 9, callback=lambda info: info.step == 3)
         assert stopped.stats["num_steps"] == 4
+        assert stopped.result == optx.RESULTS.successful
         assert_same(minimum(ROWS[0], 9, stopped.state).state, minimum(ROWS[0], 9).state)
 
     def test_from_another_process(self, tmp_path: Any):
