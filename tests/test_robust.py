@@ -398,6 +398,26 @@ class TestWhole:
         assert on.stats["num_steps"] == steps
         np.testing.assert_array_equal(solution.value, on.value)
 
+    def test_a_restart_that_is_due_is_no_end(self):
+        """Where the memory is empty already, and no step has been tried."""
+        y = jnp.array([3.0, -1.0])
+        value, grad = jax.value_and_grad(lambda y: jnp.sum(y**2))(y)
+        optimizer: Any = ROBUST_OPTIMIZER
+        *others, (progress, search) = optimizer.init(y)
+        progress = progress._replace(lowest=value, least_slope=jnp.sqrt(40.0), idle=9)
+        state, moved = (*others, (progress, search)), []
+        for _ in range(2):
+            update, state = optimizer.update(
+                *(grad, state, y),
+                value=value,
+                grad=grad,
+                value_fn=lambda y: jnp.sum(y**2),
+            )
+            assert state[0].is_fresh
+            assert not optimizer.stands_still(state, update)
+            moved.append(bool(jnp.any(update != 0)))
+        assert moved == [False, True]
+
     def test_equal_ones_are_one(self):
         """(Without the checks of this suite, which wrap functions.)"""
         program = """
