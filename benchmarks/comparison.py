@@ -212,7 +212,7 @@ def run_batch(
 
         call = jax.jit(every) if peer.compiled else every
         tried[name] = []
-        # Traced, a solver in Python does not see its tolerance: one is enough.
+        # One is enough where it is not seen, by a traced solver in Python for example.
         blind = not peer.has_tolerance or (peer.traceable and not peer.compiled)
         for tol in TOLERANCES[-1:] if blind else TOLERANCES:
             batch = functools.partial(call, momenta, tol)

@@ -26,7 +26,7 @@ OUTSIDE = jnp.arange(4.0)  # made before there is a mesh
 
 def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
     start, targets = jnp.zeros(4), np.arange(2, dtype=np.float32)
-    # That of the first is L-BFGS; this compiles in a third of the time.
+    # Some use L-BFGS; what is plain compiles in a third of the time.
     limit: Any = {"max_optimizer_steps": STEPS}
     plain: Any = {"optimizer": optax.sgd(0.05), **limit}
     steps: list[int] = []

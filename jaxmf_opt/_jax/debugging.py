@@ -68,21 +68,31 @@ def raise_alarm(
     Raises:
       FloatingPointError: If it is not finite, in a way that is asked for.
     """
-    if _alarming(results):
+    if kind := _kind_of_alarm(results):
         jax.jit(jax.value_and_grad(loss))(y, captured)
-    raise_if_alarmed(results)
+        raise _error(kind)
 
 
 def raise_if_alarmed(results: PyTree) -> None:
-    """The same where the loss is not known."""
-    if kind := _alarming(results):
-        raise FloatingPointError(
-            f"invalid value ({kind}) in the loss, its gradient or the parameters of a "
-            "solve"
-        )
+    """Raises JAX's alarm if results of a solve are not finite.
+
+    Args:
+      results: What has come out.
+
+    Raises:
+      FloatingPointError: If it is not finite, in a way that is asked for.
+    """
+    if kind := _kind_of_alarm(results):
+        raise _error(kind)
 
 
-def _alarming(results: PyTree) -> str | None:
+def _error(kind: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"invalid value ({kind}) in the loss, its gradient or the parameters of a solve"
+    )
+
+
+def _kind_of_alarm(results: PyTree) -> str | None:
     with no_alarms():
         leaves = [np.asarray(x) for x in jax.tree.leaves(results)]
     if _config.jax_debug_nans and any(np.isnan(x).any() for x in leaves):

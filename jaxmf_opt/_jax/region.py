@@ -57,8 +57,9 @@ def x64_region(
         they are zero, and is a region itself. (A `jax.custom_jvp` would not do: JAX's
         partial evaluation, by which `jax.lax.scan` is differentiated in reverse,
         replaces it by its body and forgets its rule.) With respect to what `fn` closes
-        over it is zero. JAX's alarms are off while such a region is evaluated eagerly;
-        if one is on, a method `look` of `tangent` is called with what `fn` returned.
+        over it is zero. If `tangent` has a method `look`, JAX's alarms are off while
+        the region is evaluated eagerly, and `look` is called with what `fn` has
+        returned where one is on.
 
     Returns:
       What `fn(*args)` returns when all of JAX runs with 64-bit types.
@@ -105,11 +106,13 @@ class _Rule(NamedTuple):
         )
         return out, self.out_tree.flatten_up_to(dots)
 
-    def look(self, out: Sequence[Array]) -> None:
-        """Has the results looked at, if there is a `look` of the tangent."""
+    @property
+    def look(self) -> Callable[[Sequence[Array]], None] | None:
+        """Looks at the results, if the tangent has a method that does."""
         look = getattr(self.tangent, "look", None)
-        if look is not None:
-            look(jax.tree.unflatten(self.out_tree, out))
+        if look is None:
+            return None
+        return lambda out: look(jax.tree.unflatten(self.out_tree, out))
 
 
 class _BatchedRule(NamedTuple):
@@ -138,9 +141,10 @@ class _BatchedRule(NamedTuple):
                 spmd_axis_name=spmd_name,
             )(list(primals), list(tangents))
 
-    def look(self, out: Sequence[Array]) -> None:
-        """Has the results of all lanes looked at."""
-        self.rule.look(out)
+    @property
+    def look(self) -> Callable[[Sequence[Array]], None] | None:
+        """Looks at the results of all lanes."""
+        return self.rule.look
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -157,12 +161,13 @@ region_p.multiple_results = True
 def _impl(
     *args: Any, jaxpr: jex.ClosedJaxpr, rule: _Rule | _BatchedRule | None
 ) -> list[Array]:
-    if rule is None or not alarms():
+    look = None if rule is None else rule.look
+    if look is None or not alarms():
         return _run(args, jaxpr)
     # JAX would raise its alarm also for what is not known in a solve.
     with no_alarms():
         out = _run(args, jaxpr)
-    rule.look(out)
+    look(out)
     return out
 
 

@@ -140,7 +140,8 @@ class _TangentOfSolve:
 
     def look(self, solution: Solution) -> None:
         """Raises JAX's alarm where the solution is not finite."""
-        raise_if_alarmed((solution.value, solution.state.minimiser.loss))
+        state = solution.state.minimiser
+        raise_if_alarmed((solution.value, state.loss, state.last_finite.grad_norm))
 
 
 def tangent_of_minimum(

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
       SystemExit: With code 2 after one line on standard error, if arguments are bad.
     """
-    parser = arguments.parser()
+    parser = arguments.make_parser()
     args = parser.parse_args(argv)
     private = arguments.check(parser, args)
     options = {

@@ -23,10 +23,10 @@ def cholesky(x: Array) -> Array:
 def solve(factor: Array, rhs: Array, *, transposed: bool = False) -> Array:
     """Solves a system with a lower-triangular matrix, or with its transpose."""
 
-    def solve(factor: Array, rhs: Array) -> Array:
+    def solved(factor: Array, rhs: Array) -> Array:
         return jsl.solve_triangular(factor, rhs, lower=True, trans=int(transposed))
 
-    return x64_region(solve, factor, rhs)
+    return x64_region(solved, factor, rhs)
 
 
 def largest_sum(x: Float[Array, " n"], min_sep: Any, count: Any) -> Float[Array, ""]:

@@ -195,7 +195,8 @@ def _two_loops(state: RobustLBFGSState, start: PyTree) -> PyTree:
 
     # (By the rounded weight instead of `_dot(step, change)`, some kinks are missed.)
     _, step, change = pair(jnp.zeros_like(pairs))
-    scale = _dot(step, change) / _dot(change, _times(start, change))
+    size = _dot(change, _times(start, change))
+    scale = _dot(step, change) / jnp.where(pairs > 0, size, 1)
     r = jax.tree.map(lambda x: scale.astype(x.dtype) * x, _times(start, q))
 
     def to_newest(i: Array, r: PyTree) -> PyTree:

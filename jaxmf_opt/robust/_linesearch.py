@@ -48,6 +48,7 @@ class SearchProgress(NamedTuple):
       lowest: The value that a lower one has to undercut visibly to be progress.
       least_slope: The same of the norm of the gradient.
       idle: The number of steps since the last progress.
+      is_waiting: Whether these were so many that one step is refused.
       is_exhausted: Whether these were too many, and no step is taken any more.
     """
 
@@ -55,6 +56,7 @@ class SearchProgress(NamedTuple):
     lowest: Float[Array, ""]
     least_slope: Float[Array, ""]
     idle: Int[Array, ""]
+    is_waiting: Bool[Array, ""]
     is_exhausted: Bool[Array, ""]
 
 
@@ -133,8 +135,9 @@ def scale_by_weak_wolfe_linesearch(
         unknown = jnp.array(jnp.inf, dtype)
         info = optax.ZoomLinesearchInfo(jnp.array(0), unknown, unknown)
         grad = optax.tree.zeros_like(params)
+        no = jnp.array(False)
         progress = SearchProgress(
-            jnp.zeros((), dtype), unknown, unknown, jnp.array(0), jnp.array(False)
+            jnp.zeros((), dtype), unknown, unknown, jnp.array(0), no, no
         )
         return progress, optax.ScaleByZoomLinesearchState(
             jnp.ones((), dtype), cast(Any, unknown), cast(Any, grad), info
@@ -162,9 +165,9 @@ def scale_by_weak_wolfe_linesearch(
         slope = slope_of(grad)
         rounding = ulps * jnp.finfo(dtype).eps
         norm = optax.tree.norm(grad).astype(dtype)
-        progress = _seen(state[0], value, norm, rounding, 2 * patience)
+        progress = _seen(state[0], value, norm, rounding, patience)
         slack = rounding * progress.largest
-        waited = (progress.idle == patience) | progress.is_exhausted
+        waited = progress.is_waiting | progress.is_exhausted
 
         def bound(step: Array) -> Array:
             return value + slope_rtol * step * slope + slack
@@ -231,7 +234,7 @@ def scale_by_weak_wolfe_linesearch(
 
 
 def _seen(
-    before: SearchProgress, value: Array, slope: Array, rounding: Any, most: int
+    before: SearchProgress, value: Array, slope: Array, rounding: Any, patience: int
 ) -> SearchProgress:
     """The progress with one value, and the norm of the gradient there."""
     size = jnp.abs(value)
@@ -243,7 +246,8 @@ def _seen(
         jnp.where(is_lower, value, before.lowest),
         jnp.where(is_flatter, slope, before.least_slope),
         idle,
-        before.is_exhausted | (idle >= most),
+        idle == patience,
+        before.is_exhausted | (idle >= 2 * patience),
     )
 
 

@@ -5,7 +5,7 @@ import optax
 from jaxtyping import Array, Bool, PyTree
 
 from ._directions import scale_by_robust_lbfgs
-from ._linesearch import scale_by_weak_wolfe_linesearch
+from ._linesearch import SearchProgress, scale_by_weak_wolfe_linesearch
 
 
 class RobustOptimizer(optax.GradientTransformationExtraArgs):
@@ -14,10 +14,10 @@ class RobustOptimizer(optax.GradientTransformationExtraArgs):
     def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
         """Whether an update that has led to a state will repeat itself for ever.
 
-        That is so where the line search has found no step along the direction of a
+        That is so where the line search has refused to move along the direction of a
         fresh state. The parameters have not moved, so the next direction is that of a
-        fresh state again, and so is all that follows. (Not where it has not tried any,
-        because a restart was due.) It is also so where the line search has given up.
+        fresh state again, and so is all that follows. (Not where one step was refused
+        for a restart.) It is also so where the line search has given up.
 
         Args:
           state: The state after the update.
@@ -27,8 +27,8 @@ class RobustOptimizer(optax.GradientTransformationExtraArgs):
           A boolean scalar.
         """
         step = jnp.asarray(optax.tree.norm(update, ord=jnp.inf))
-        progress, search = state[-1]
-        in_vain = state[0].is_fresh & (search.info.num_linesearch_steps > 0)
+        progress: SearchProgress = state[-1][0]
+        in_vain = state[0].is_fresh & ~progress.is_waiting
         return (in_vain | progress.is_exhausted) & (step == 0)
 
 

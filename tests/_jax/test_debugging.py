@@ -82,6 +82,15 @@ def test_an_alarm_where_the_loss_is_not(alarm: float):
         lambda: optimize(bad, start, callback=lambda info: steps.append(info.step)),
         lambda: jax.vmap(lambda c: optimize(lambda x: bad(x, c), start))(LANES),
         lambda: jax.grad(lambda c: optimize(lambda x: bad(x, c), start)[0])(0.5),
+        # A finite loss with a gradient that is not.
+        lambda: jax.vmap(
+            lambda c: optimize(
+                lambda x: (loss(x, c), jnp.full_like(x, alarm)),
+                start,
+                grad=True,
+                max_optimizer_steps=0,
+            )
+        )(LANES),
         lambda: sweep(bad, start, LANES),
         lambda: sweep(bad, start, LANES, rtol=0.0),
     ]
