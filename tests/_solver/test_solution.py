@@ -180,7 +180,8 @@ class TestHistory:
         with jax.enable_x64():
             stats = WAYS[way](lambda c: minimum(c, 9, **options).stats)
         history, n = stats["history"], int(stats["num_steps"])
-        assert stats["grad_norm"] <= 1e-2 < np.asarray(history.grad_norm)[n - 1]
+        before = np.asarray(history.grad_norm)[n - 1]
+        assert float(stats["grad_norm"]) <= 1e-2 < before
         assert isinstance(history, History)
         (record,) = recorder.records
         assert 2 < n == len(record.loss) < 9
