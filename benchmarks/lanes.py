@@ -8,7 +8,6 @@ is `ROBUST_OPTIMIZER` with the default tolerances of `optimize`, which are 0: a 
 goes on until it stands still.
 """
 
-import functools
 import math
 import sys
 from typing import Any
@@ -26,6 +25,8 @@ from .comparison import run_batch
 from .peers import THEIRS, Loss, Peer, ours
 from .problems import Problem, banded
 
+LANES = (64, 1024, 16_384)
+
 
 def _without_a_tolerance(
     loss: Loss, start: Any, hyperparam: Any, tol: Any, steps: int
@@ -34,7 +35,6 @@ def _without_a_tolerance(
     return ours(ROBUST_OPTIMIZER)(loss, start, hyperparam, 0.0, steps)
 
 
-LANES = (64, 1024, 16_384)
 SOLVERS: dict[str, Peer] = {
     "ROBUST_OPTIMIZER": Peer(ours(ROBUST_OPTIMIZER, "rtol")),
     "  without a tolerance": Peer(_without_a_tolerance, has_tolerance=False),
@@ -64,8 +64,7 @@ def main(arguments: list[str]) -> None:
         for problem in (banded(256, 16), _of_jax_privacy()):
             print(f"{problem.name:24} {'lanes':>6} {'ms':>9} {'over best peer':>14}")
             for lanes in counts:
-                run = functools.partial(run_batch, problem=problem, lanes=lanes)
-                results = run(SOLVERS)
+                results = run_batch(SOLVERS, problem, lanes)
                 times = {name: of.get("ms", math.nan) for name, of in results.items()}
                 best = np.nanmin([times[name] for name in THEIRS if name in times])
                 for name in SOLVERS:

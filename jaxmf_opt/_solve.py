@@ -286,7 +286,7 @@ def minimise(
         of, end = solution.stats, solution.state
         results = (solution.value, of["loss"], of["grad_norm"], end.minimiser.loss)
         with jax.enable_x64():
-            raise_alarm(spec.program.loss, end.params, captured, results)
+            raise_alarm(results, spec.program.loss, end.params, captured)
     return throw_failure(solution) if throw else solution
 
 

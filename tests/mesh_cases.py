@@ -29,7 +29,6 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
     # Some use L-BFGS; what is plain compiles in a third of the time.
     limit: Any = {"max_optimizer_steps": STEPS}
     plain: Any = {"optimizer": optax.sgd(0.05), **limit}
-    steps: list[int] = []
 
     def loss(x: Any, target: Any = 1.0) -> Any:
         return jnp.sum((rows @ x - target) ** 2) + jnp.sum(jnp.cosh(x))
@@ -45,7 +44,6 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
         return jnp.sum(optimize(fit, start, **plain))
 
     def tell(info: Any) -> bool:
-        steps.append(int(info.step))
         return info.step >= 2
 
     def in_python(target: Any) -> Any:

@@ -8,7 +8,7 @@ transfers that nobody has asked for; that of a limit or a tolerance is no such o
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -54,49 +54,28 @@ def undisturbed(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def raise_alarm(
-    loss: Callable[..., Any], y: PyTree, captured: Sequence[Any], results: PyTree
+    results: PyTree, loss: Callable[..., Any] | None = None, *at: PyTree
 ) -> None:
     """Raises JAX's alarm if results of a solve are not finite.
 
     Args:
-      loss: The loss, of a point and of what it captures. It is evaluated again, for JAX
-        to find the operation.
-      y: The last point.
-      captured: What the loss captures.
       results: What has come out.
+      loss: The loss, if it is known. It is evaluated again, for JAX to find the
+        operation.
+      *at: Its arguments: the last point, and what it captures.
 
     Raises:
-      FloatingPointError: If it is not finite, in a way that is asked for.
+      FloatingPointError: If they are not finite, in a way that is asked for.
     """
-    if kind := _kind_of_alarm(results):
-        jax.jit(jax.value_and_grad(loss))(y, captured)
-        raise _error(kind)
-
-
-def raise_if_alarmed(results: PyTree) -> None:
-    """Raises JAX's alarm if results of a solve are not finite.
-
-    Args:
-      results: What has come out.
-
-    Raises:
-      FloatingPointError: If it is not finite, in a way that is asked for.
-    """
-    if kind := _kind_of_alarm(results):
-        raise _error(kind)
-
-
-def _error(kind: str) -> FloatingPointError:
-    return FloatingPointError(
-        f"invalid value ({kind}) in the loss, its gradient or the parameters of a solve"
-    )
-
-
-def _kind_of_alarm(results: PyTree) -> str | None:
     with no_alarms():
         leaves = [np.asarray(x) for x in jax.tree.leaves(results)]
-    if _config.jax_debug_nans and any(np.isnan(x).any() for x in leaves):
-        return "nan"
-    if _config.jax_debug_infs and any(np.isinf(x).any() for x in leaves):
-        return "inf"
-    return None
+    nans = _config.jax_debug_nans and any(np.isnan(x).any() for x in leaves)
+    infs = _config.jax_debug_infs and any(np.isinf(x).any() for x in leaves)
+    if not (nans or infs):
+        return
+    if loss is not None:
+        jax.jit(jax.value_and_grad(loss))(*at)
+    kind = "nan" if nans else "inf"
+    raise FloatingPointError(
+        f"invalid value ({kind}) in the loss, its gradient or the parameters of a solve"
+    )

@@ -26,7 +26,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._jax.debugging import raise_if_alarmed
+from .._jax.debugging import raise_alarm
 from .._jax.region import x64_region
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
 from .group_inverse import as_matrix, group_inverse, rows_of, unit
@@ -141,7 +141,7 @@ class _TangentOfSolve:
     def look(self, solution: Solution) -> None:
         """Raises JAX's alarm where the solution is not finite."""
         state = solution.state.minimiser
-        raise_if_alarmed((solution.value, state.loss, state.last_finite.grad_norm))
+        raise_alarm((solution.value, state.loss, state.last_finite.grad_norm))
 
 
 def tangent_of_minimum(

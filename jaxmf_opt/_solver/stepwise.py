@@ -57,7 +57,7 @@ def solve_stepwise(
         state = program.step(state, captured, limit, limits)
         of = state.minimiser
         if is_alarmed:
-            raise_alarm(spec.program.loss, at, captured, (of.loss, of.grad))
+            raise_alarm((of.loss, of.grad), spec.program.loss, at, captured)
         # (To look at an array waits for it. Without tolerances there is no need to.)
         is_over = interrupted or steps == max_steps
         if limits is not None:

@@ -10,10 +10,6 @@ from jaxtyping import Array, Float
 from .._jax.region import x64_region
 
 
-def product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
 # In a batch, these kernels can wait for ever where the user has made the program. In a
 # region, which leaves the dtypes of its operands alone, they cannot: see `_jax.lapack`.
 def cholesky(x: Array) -> Array:

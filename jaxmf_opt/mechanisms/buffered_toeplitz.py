@@ -279,7 +279,7 @@ class _Rates:
         low, high = np.minimum(i, j)[..., None], np.maximum(i, j)[..., None]
         k = np.arange(gaps.size)
         between = ((low <= k) & (k < high)).astype(gaps.dtype)
-        apart = jnp.matmul(between, gaps, precision=jax.lax.Precision.HIGHEST)
+        apart = _toeplitz.matmul(between, gaps)
         larger = jnp.exp(-jnp.minimum(rates[:, None], rates[None, :]))
         sign = np.sign(j - i).astype(gaps.dtype)
         self._differences = sign * larger * -jnp.expm1(-apart)
@@ -306,11 +306,8 @@ def _exponentials(weights: Array, rates: Array, n: int) -> Array:
     size = max(1, round(n**0.5))
     within = jnp.arange(size, dtype=rates.dtype)[None, :] * rates[:, None]
     begins = jnp.arange(0, n, size, dtype=rates.dtype)[:, None] * rates[None, :]
-    return jnp.matmul(
-        jnp.exp(-begins) * weights[None, :],
-        jnp.exp(-within),
-        precision=jax.lax.Precision.HIGHEST,
-    ).ravel()[:n]
+    product = _toeplitz.matmul(jnp.exp(-begins) * weights[None, :], jnp.exp(-within))
+    return product.ravel()[:n]
 
 
 def _geometric_sum(rate: Array, n: Array) -> Array:

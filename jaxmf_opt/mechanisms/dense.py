@@ -164,7 +164,7 @@ class Dense(eqx.Module):
         inside = self._both_inside
         strategy = jnp.where(inside, _toeplitz.matrix(root), 0.0)
         strategy /= jnp.linalg.norm(strategy, axis=0, keepdims=True)
-        gram = _linalg.product(strategy.T, strategy)
+        gram = _toeplitz.matmul(strategy.T, strategy)
         eye = jnp.eye(self.max_n, dtype=gram.dtype)
         is_root = jnp.all(jnp.isfinite(gram) | ~inside)
         gram = jnp.where(is_root & inside, gram, eye)
@@ -202,7 +202,7 @@ class Dense(eqx.Module):
         n = jnp.asarray(self.n, errors.dtype)
         weights /= jnp.where(self.max_error, jnp.sum(largest), n)
         whole = _linalg.solve(factor, half, transposed=True)
-        gradient = -_linalg.product(whole * weights[None, :], whole.T)
+        gradient = -_toeplitz.matmul(whole * weights[None, :], whole.T)
         loss = jnp.sum(errors * weights)
         return self._or_nan(loss), self._or_nan(self._project(gradient))
 

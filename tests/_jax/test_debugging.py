@@ -1,5 +1,6 @@
 """Solves under JAX's settings for debugging raise what is wrong, and nothing else."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,23 +11,23 @@ import pytest
 from jaxmf_opt import optimize, solve, sweep
 
 
-@pytest.fixture
-def alarms() -> Iterator[None]:
-    """Switches both on."""
-    for name in ("jax_debug_nans", "jax_debug_infs"):
-        jax.config.update(name, True)
-    yield
-    for name in ("jax_debug_nans", "jax_debug_infs"):
-        jax.config.update(name, False)
+@contextlib.contextmanager
+def switched_on(*alarms: str) -> Iterator[None]:
+    """In all threads."""
+    for name in alarms:
+        jax.config.update(f"jax_debug_{name}", True)
+    try:
+        yield
+    finally:
+        for name in alarms:
+            jax.config.update(f"jax_debug_{name}", False)
 
 
 @pytest.fixture(params=["nans", "infs"])
 def alarm(request: pytest.FixtureRequest) -> Iterator[float]:
     """Switches an alarm on; what it looks for."""
-    name = f"jax_debug_{request.param}"
-    jax.config.update(name, True)
-    yield float(request.param[:-1])
-    jax.config.update(name, False)
+    with switched_on(request.param):
+        yield float(request.param[:-1])
 
 
 def loss(x: jax.Array, c: Any = 1.0) -> jax.Array:
@@ -63,10 +64,10 @@ SOUND: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.usefixtures("alarms")
 @pytest.mark.parametrize("way", SOUND)
 def test_no_alarm_where_all_is_finite(way: str):
-    jax.block_until_ready(SOUND[way]())
+    with switched_on("nans", "infs"):
+        jax.block_until_ready(SOUND[way]())
 
 
 def test_an_alarm_where_the_loss_is_not(alarm: float):
