@@ -11,6 +11,7 @@ from .._jax.debugging import alarms, guarded, undisturbed
 from .._jax.lapack import compile_one_by_one, uses_lapack
 from .._jax.structure import CACHE_SIZE
 from . import driver
+from .driver import StepState
 from .solution import Solution
 from .spec import SolveSpec
 from .state import SolverState
@@ -20,8 +21,11 @@ class Compiled(NamedTuple):
     """Functions of `driver.py` under `jax.jit`; each is compiled when first called."""
 
     solve: Callable[..., Solution]
-    first_state: Callable[..., SolverState]
-    step: Callable[..., SolverState]
+    first_state: Callable[..., StepState]
+    packed: Callable[..., StepState]
+    unpacked: Callable[..., SolverState]
+    interrupted: Callable[..., StepState]
+    step: Callable[..., tuple[StepState, tuple[Array, Array] | None]]
     value_and_finish: Callable[..., Solution]
     judge_stall: Callable[..., Solution]
     loss: Callable[..., Array]

@@ -6,7 +6,7 @@ compiled. They are to be called, or traced, with 64-bit types.
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,6 +15,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
+from .._jax.packing import Packed, pack, unpack
 from .._jax.varying import on_mesh
 from .compiled_callbacks import MinimiserWithCallbacks
 from .convergence import all_finite
@@ -243,18 +244,57 @@ def _count(spec: SolveSpec, n: Int[Array, ""]) -> Int[Array, ""]:
     return jnp.where(fits, n, -1).astype(spec.int_dtype)
 
 
-def first_state(spec: SolveSpec, params: PyTree) -> SolverState:
+class StepState(NamedTuple):
+    """A `SolverState` between compiled steps: what callbacks see, and the rest."""
+
+    params: PyTree
+    loss: Float[Array, ""]
+    grad: PyTree
+    opt_state: PyTree
+    rest: Packed
+
+
+def _seen(state: MinimiserState) -> tuple[Any, Any, Any]:
+    return state.loss, state.grad, state.opt_state
+
+
+def packed(spec: SolveSpec, state: SolverState) -> StepState:
+    """A state as `step` takes it."""
+    del spec
+    rest = eqx.tree_at(_seen, state.minimiser, (None, None, None))
+    return StepState(state.params, *_seen(state.minimiser), pack(rest))
+
+
+def unpacked(spec: SolveSpec, state: StepState) -> SolverState:
+    """The whole of a state."""
+    del spec
+    params, *seen, rest = state
+    is_none = lambda x: x is None  # noqa: E731
+    minimiser = eqx.tree_at(_seen, unpack(rest), tuple(seen), is_leaf=is_none)
+    return SolverState(params, minimiser)
+
+
+def first_state(spec: SolveSpec, params: PyTree) -> StepState:
     """The float64 point and the state before the first step."""
-    return start(spec.optimizer, params, tests=spec.tests, history=spec.history)
+    return packed(
+        spec, start(spec.optimizer, params, tests=spec.tests, history=spec.history)
+    )
+
+
+def interrupted(spec: SolveSpec, state: StepState) -> StepState:
+    """The state, in which a callback has asked to stop."""
+    params, minimiser = unpacked(spec, state)
+    minimiser = eqx.tree_at(lambda s: s.interrupted, minimiser, jnp.array(True))
+    return packed(spec, SolverState(params, minimiser))
 
 
 def step(
     spec: SolveSpec,
-    state: SolverState,
+    state: StepState,
     captured: Sequence[Array],
     limit: Int[Array, ""],
     tolerances: Tolerances | None,
-) -> SolverState:
+) -> tuple[StepState, tuple[Array, Array] | None]:
     """One step of a solve whose callbacks are called from Python.
 
     Args:
@@ -265,17 +305,20 @@ def step(
       tolerances: When to stop before it, or None.
 
     Returns:
-      Where the solve is then. If there was a reason to stop it has not moved.
+      Where the solve is then. If there was a reason to stop it has not moved. With
+      tolerances, also how many steps were taken, and whether the solve has ended.
     """
+    params, minimiser = unpacked(spec, state)
     y, minimiser, _ = _minimiser(spec, tolerances or Tolerances()).step(
         lambda y, captured: (spec.program.loss(y, captured), None),
-        state.params,
+        params,
         captured,
         _options(spec, limit),
-        state.minimiser,
+        minimiser,
         frozenset(),
     )
-    return SolverState(y, minimiser)
+    status = None if tolerances is None else (minimiser.step, minimiser.ended)
+    return packed(spec, SolverState(y, minimiser)), status
 
 
 def _minimiser(spec: SolveSpec, tolerances: Tolerances) -> LeanOptaxMinimiser:
@@ -299,10 +342,10 @@ def _options(spec: SolveSpec, limit: Int[Array, ""]) -> dict[str, Any]:
 
 
 def value_and_finish(
-    spec: SolveSpec, end: SolverState, limit: Int[Array, ""] | int
+    spec: SolveSpec, end: StepState, limit: Int[Array, ""] | int
 ) -> Solution:
     """The same as `finish`, with the value in the caller's dtypes."""
-    return _cast(spec, finish(spec, end, jnp.asarray(limit)))
+    return _cast(spec, finish(spec, unpacked(spec, end), jnp.asarray(limit)))
 
 
 def loss(spec: SolveSpec, y: PyTree, captured: Sequence[Array]) -> Float[Array, ""]:

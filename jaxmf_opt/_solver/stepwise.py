@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -10,6 +10,7 @@ from .._jax.debugging import alarms, no_alarms, own_transfers, raise_alarm
 from .._jax.x64 import jax_enable_x64
 from ..callbacks._args import CallbackArgs, CallbackFnType, Lane, asks_to_stop
 from .compilation import compiled
+from .driver import StepState
 from .resume import with_history_buffer
 from .solution import Solution
 from .spec import SolveSpec, Tolerances
@@ -44,36 +45,39 @@ def solve_stepwise(
     with own_transfers(), no_alarms():
         limit = jnp.asarray(max_steps)
         limits = None if tolerances.off else Tolerances(*map(jnp.asarray, tolerances))
-        yes = jnp.asarray(True)
-        if start is not None:
-            state = with_history_buffer(start, spec.history)
+        if start is None:
+            steps, is_over, state = 0, False, program.first_state(params)
         else:
-            state = program.first_state(params)
-    lane, is_alarmed = Lane(), alarms()
-    steps, interrupted = int(state.minimiser.step), False
-    is_over = bool(state.minimiser.ended)
+            begin = with_history_buffer(start, spec.history)
+            steps, is_over = int(begin.minimiser.step), bool(begin.minimiser.ended)
+            state = program.packed(begin)
+    lane, is_alarmed, interrupted = Lane(), alarms(), False
+
+    def seen(state: StepState) -> SolverState:
+        with jax.enable_x64(), no_alarms():  # it may be asked for late
+            whole = program.unpacked(state)
+        # (Not the history, which is not complete.)
+        return SolverState(whole.params, whole.minimiser.with_history(None))
+
     while not is_over:
         at = state.params
-        state = program.step(state, captured, limit, limits)
-        of = state.minimiser
+        state, status = program.step(state, captured, limit, limits)
+        params, loss, grad, opt_state, _ = state
         if is_alarmed:
-            raise_alarm((of.loss, of.grad), spec.program.loss, at, captured)
+            raise_alarm((loss, grad), spec.program.loss, at, captured)
         # (To look at an array waits for it. Without tolerances there is no need to.)
-        is_over = interrupted or steps == max_steps
-        if limits is not None:
-            is_over = bool(of.ended)
-        if is_over and int(of.step) == steps:
+        is_over = interrupted or steps >= max_steps
+        stays = is_over
+        if status is not None:
+            num_steps, ended = status
+            is_over = bool(ended)
+            stays = is_over and int(num_steps) == steps
+        if stays:
             break
-        info = CallbackArgs(steps, of.loss, of.grad, state.params, of.opt_state)
+        info = CallbackArgs(steps, loss, grad, params, opt_state)
         steps += 1
-        interrupted = asks_to_stop(callback(info.bind(lane, _seen, state)))
+        interrupted = asks_to_stop(callback(info.bind(lane, seen, state)))
         if interrupted:
             # What the step has led to is still evaluated.
-            minimiser = eqx.tree_at(lambda s: s.interrupted, of, yes)
-            state = SolverState(state.params, minimiser)
+            state = program.interrupted(state)
     return program.value_and_finish(state, max_steps)
-
-
-def _seen(state: SolverState) -> SolverState:
-    """What a callback sees of a state: not the history, which is not complete."""
-    return SolverState(state.params, state.minimiser.with_history(None))

@@ -166,6 +166,22 @@ def test_a_state_that_is_asked_for_late():
         jax.tree.map(np.testing.assert_array_equal, info.solver_state, state)
 
 
+@pytest.mark.parametrize("rtol", [0.0, 1e-12])
+def test_a_limit_of_steps_that_a_state_has_passed(rtol: float):
+    """Nothing is left to do, whoever looks on."""
+    first = minimum(ROWS[0], 4)
+    for limit in (0, 3, 4, 6):
+        calls: list[Any] = []
+        for callback in (None, traced(lambda _: None), calls.append):
+            options = {"state": first.state, "rtol": rtol, "callback": callback}
+            end = minimum(ROWS[0], limit, **options)
+            assert end.stats["num_steps"] == max(limit, 4)
+            assert end.result == R.nonlinear_max_steps_reached
+            want = minimum(ROWS[0], max(limit, 4)).value
+            np.testing.assert_array_equal(end.value, want)
+        assert [info.step for info in calls] == list(range(4, limit))
+
+
 class TestHistory:
     @pytest.mark.parametrize(("way", "callback"), PAIRS)
     def test_is_what_a_callback_sees(self, way: str, callback: str):
