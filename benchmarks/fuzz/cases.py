@@ -368,8 +368,11 @@ def _of_resume(rng: Rng, setting: _Setting) -> _Case:
     problem = problems.draw(rng)
     asked = options.few_steps(options.draw(rng, problem), rng)
     steps = asked.settings["max_optimizer_steps"]
-    whole = dataclasses.replace(asked, resume=None)
-    parts = dataclasses.replace(asked, resume=int(rng.integers(0, steps + 1)))
+    # (Which may be more steps than the limit of the rest.)
+    resume = int(rng.integers(0, steps + 3))
+    settings = {**asked.settings, "max_optimizer_steps": max(steps, resume)}
+    whole = dataclasses.replace(asked, resume=None, settings=settings)
+    parts = dataclasses.replace(asked, resume=resume)
     _, c = _point(rng, problem.size, setting)
     way = ["eager", "jit", "vmap"][rng.integers(3)]
 
