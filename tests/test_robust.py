@@ -373,7 +373,6 @@ class TestWhole:
         def loss(y: Any) -> Any:
             return jnp.max(jnp.abs(y - jnp.arange(3.0))) + 0.1 * jnp.sum(y**2) + 7
 
-        # (With a callback: programs that round differently end apart by rounding.)
         options = {**OPTIONS, "rtol": 1e-8, "callback": lambda _: None}
         start = np.full(3, 4.0)
         solution = solve(loss, start, **options)
@@ -394,7 +393,7 @@ class TestWhole:
         # Nor would it move if it went on.
         steps = solution.stats["num_steps"] + 5
         further = {"gtol": 0.0, "rtol": 0.0, "max_optimizer_steps": steps}
-        on = solve(loss, start, **{**options, **further})
+        on = solve(loss, start, **{**options, **further, "state": solution.state})
         assert on.stats["num_steps"] == steps
         np.testing.assert_array_equal(solution.value, on.value)
 
