@@ -6,6 +6,7 @@ whole solve is one `jax.jit`-compiled, `jax.vmap`-able call.
 
 from . import callbacks, mechanisms, privacy, robust, sweeps
 from ._jax.x64 import jax_enable_x64
+from ._minimax import Minimax, minimax
 from ._optimize import optimize
 from ._solve import solve
 from ._solver.adjoint import MinimumNormAdjoint
@@ -26,6 +27,7 @@ __all__ = [
     "History",
     "Lane",
     "LeanOptaxMinimiser",
+    "Minimax",
     "MinimiserState",
     "MinimumNormAdjoint",
     "ParamT",
@@ -35,6 +37,7 @@ __all__ = [
     "combine",
     "jax_enable_x64",
     "mechanisms",
+    "minimax",
     "optimize",
     "privacy",
     "robust",

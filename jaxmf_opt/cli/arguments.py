@@ -10,7 +10,7 @@ import numpy as np
 
 from ..privacy import Budget
 from . import budget
-from .job import FAMILIES
+from .families import FAMILIES
 
 _DESCRIPTION = """\
 Optimize the correlated noise of training with differential privacy.
@@ -129,7 +129,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=number(int, 0, 2**31),
         default=500,
         metavar="K",
-        help="limit of L-BFGS steps (default: 500)",
+        help="limit of L-BFGS steps; for matrices with --error max, of each of the "
+        "smooth problems by which they are found (default: 500)",
     )
     add(
         "--rtol",

@@ -16,7 +16,8 @@ import numpy as np
 from .._files import read_npz, write_npz
 from ..mechanisms._saved import write
 from ..privacy import Budget
-from .job import FAMILIES, found
+from .families import FAMILIES
+from .job import found
 
 # Up to so many steps matrices are tried, too.
 _FEW = 128

@@ -3,7 +3,6 @@
 All set-ups of a family whose arrays have the same sizes are lanes of one sweep.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,33 +14,12 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array
 
+from .._minimax import MAX_ROUNDS, Dual, rtol_of_round
 from .._solver.solution import Solution
-from ..mechanisms import (
-    BandedInverseToeplitz,
-    BandedToeplitz,
-    BufferedToeplitz,
-    Dense,
-    NormalizedBandedToeplitz,
-    workloads,
-)
+from ..mechanisms import BandedToeplitz, Dense
 from ..robust import ROBUST_OPTIMIZER
 from ..sweeps import sweep
-
-
-class SetUp(NamedTuple):
-    """A training, and the size of a mechanism for it.
-
-    Attributes:
-      n: Training steps.
-      epochs: How often each example takes part, `n // epochs` steps apart.
-      momentum: Momentum of the training algorithm.
-      size: Bands, buffers, or for a matrix its rows.
-    """
-
-    n: Any
-    epochs: Any
-    momentum: Any
-    size: Any
+from .families import Family, SetUp, make_banded, make_mechanism
 
 
 class Outcome(NamedTuple):
@@ -64,136 +42,6 @@ class Outcome(NamedTuple):
     error_independent: Any
     error_before: Any
     error_after: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A family of mechanisms as the job offers it.
-
-    Attributes:
-      sizes: What its sizes are.
-      make: Makes a mechanism of a set-up, whose members may be traced, of the static
-        sizes of arrays, and of a workload and other options.
-      static: The part of a set-up that may not be traced.
-      needed: What training needs, of a mechanism and its parameters.
-      kept: How many vectors of noise, as large as the model, training keeps, of a size
-        and of what training needs.
-      is_matrix: Whether parameters are matrices over steps, and the loss comes with its
-        gradient.
-      grows: Whether the optimum of one size is the start for the next larger one, which
-        need not be of use.
-      can_be_amplified: Whether sampling amplifies its privacy, with as many bands as an
-        epoch has steps at most.
-      starts_in_closed_form: Whether where it starts is a mechanism of the literature.
-      batch_size: As in `sweep`.
-    """
-
-    sizes: str
-    make: Callable[..., Any]
-    static: Callable[[SetUp], Any]
-    needed: Callable[[Any, Array], dict[str, Array]]
-    kept: Callable[[int, dict[str, Array]], int]
-    is_matrix: bool = False
-    grows: bool = False
-    can_be_amplified: bool = False
-    starts_in_closed_form: bool = False
-    batch_size: int | None = None
-
-    @property
-    def has_fixed_order(self) -> bool:
-        """Whether several epochs have to be of one length and one order."""
-        return self.is_matrix and not self.can_be_amplified
-
-
-def _make_banded(kind: Any) -> Callable[..., Any]:
-    def make(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Any:
-        bands = {"bands": s.size, "max_bands": most.size}
-        return kind(s.n, **bands, workload_coef=workload_coef, **options)
-
-    return make
-
-
-def _make_buffered(
-    s: SetUp, most: SetUp, workload_coef: Array, **options: Any
-) -> BufferedToeplitz:
-    return BufferedToeplitz(s.n, most.size, workload_coef=workload_coef, **options)
-
-
-def _make_dense(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Dense:
-    del s  # of which all have the same number of rows
-    del options["fixed_epochs"]  # which are what it is for
-    matrix = workloads.matrix(workload_coef)
-    return Dense(most.n, workload_matrix=matrix, **options)
-
-
-def _make_banded_matrix(*, equal_norm: bool) -> Callable[..., Any]:
-    def make(s: SetUp, most: SetUp, workload_coef: Array, **options: Any) -> Dense:
-        banded = {"bands": s.size, "equal_norm": equal_norm}
-        return _make_dense(s, most, workload_coef, **banded, **options)
-
-    return make
-
-
-def _strategy_of_norm_1(m: Any, params: Array) -> dict[str, Array]:
-    coef = m.strategy_coef(params)[: params.size]
-    return {"strategy_coef": coef / jnp.linalg.norm(coef)}
-
-
-_family_of_matrices = functools.partial(
-    Family,
-    static=lambda s: s.n,
-    needed=lambda m, p: {"strategy_matrix": m.strategy_matrix(p)},
-    kept=lambda size, parts: size - 1,
-    is_matrix=True,
-    # Steps are long, so no lane should wait for another.
-    batch_size=1,
-)
-
-FAMILIES = {
-    "banded-toeplitz": Family(
-        sizes="bands",
-        make=_make_banded(BandedToeplitz),
-        static=lambda s: None,
-        needed=_strategy_of_norm_1,
-        kept=lambda size, parts: size - 1,
-        can_be_amplified=True,
-        starts_in_closed_form=True,
-    ),
-    "normalized-banded-toeplitz": Family(
-        sizes="bands",
-        make=_make_banded(NormalizedBandedToeplitz),
-        static=lambda s: None,
-        needed=_strategy_of_norm_1,
-        kept=lambda size, parts: size - 1,
-        can_be_amplified=True,
-        starts_in_closed_form=True,
-    ),
-    "banded-inverse-toeplitz": Family(
-        sizes="bands",
-        make=_make_banded(BandedInverseToeplitz),
-        static=lambda s: None,
-        needed=lambda m, p: {"noising_coef": m.noising_coef(p)[: p.size] / p[0]},
-        kept=lambda size, parts: size - 1,
-        starts_in_closed_form=True,
-    ),
-    "blt": Family(
-        sizes="buffers",
-        make=_make_buffered,
-        static=lambda s: s.size,
-        needed=lambda m, p: m.buffers(p)._asdict(),
-        kept=lambda size, parts: int(np.count_nonzero(parts["output_scale"])),
-        grows=True,
-    ),
-    "column-normalized-banded": _family_of_matrices(
-        sizes="bands",
-        make=_make_banded_matrix(equal_norm=True),
-        can_be_amplified=True,
-    ),
-    "banded": _family_of_matrices(
-        sizes="bands", make=_make_banded_matrix(equal_norm=False)
-    ),
-    "dense": _family_of_matrices(sizes="rows", make=_make_dense),
-}
 
 
 def run(
@@ -280,21 +128,107 @@ def _optimized(
         start = jax.jit(jax.vmap(lambda s: training(s).start()))(columns)
     else:
         start = jax.jit(jax.vmap(lambda s, x: training(s).start(x)))(columns, fewer)
-    solution = sweep(
-        lambda params, s: training(s).loss_fn(params),
-        start,
-        columns,
-        in_axes=0,
-        grad=family.is_matrix,
-        optimizer=ROBUST_OPTIMIZER,
-        batch_size=family.batch_size,
-        checkpoint_dir=directory,
-        keep_states=False,
-        **options,
-    )
+    options |= {
+        "in_axes": 0,
+        "grad": family.is_matrix,
+        "optimizer": ROBUST_OPTIMIZER,
+        "batch_size": family.batch_size,
+        "keep_states": False,
+    }
+    if family.is_matrix and max_error:
+        end = _least_largest(training, columns, start, directory, **options)
+    else:
+        loss_fn = lambda params, s: training(s).loss_fn(params)  # noqa: E731
+        end = _End.of(
+            sweep(loss_fn, start, columns, checkpoint_dir=directory, **options)
+        )
     outcome = jax.vmap(lambda s, start, end: training(s).outcome(start, end))
-    together = jax.device_get(jax.jit(outcome)(columns, start, solution))
+    together = jax.device_get(jax.jit(outcome)(columns, start, end))
     return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(setups))]
+
+
+class _End(NamedTuple):
+    """How the optimizations of a sweep have ended."""
+
+    params: Any
+    num_steps: Any
+    converged: Any
+
+    @classmethod
+    def of(cls, solution: Solution) -> "_End":
+        converged = solution.result == optx.RESULTS.successful
+        return cls(solution.value, solution.stats["num_steps"], converged)
+
+
+def _least_largest(
+    training: Callable[[SetUp], "_Training"],
+    columns: SetUp,
+    start: Array,
+    directory: Path,
+    *,
+    rtol: float,
+    **options: Any,
+) -> _End:
+    """The matrices of the least largest error, by `minimax` of which rounds are sweeps.
+
+    Args:
+      training: Makes one of a set-up.
+      columns: The set-ups.
+      start: Their starting points.
+      directory: Where the sweeps keep what they have finished.
+      rtol: The gap to be reached, over the largest error.
+      **options: Those of `sweep`.
+
+    Returns:
+      The matrices, the steps of all rounds, and whether the gap was reached.
+    """
+
+    def errors(s: SetUp, params: Array) -> tuple[Array, Callable[[Array], Array]]:
+        return training(s).mechanism.errors_and_pull_back(params)
+
+    def smooth(params: Array, hyperparams: tuple[SetUp, Dual]) -> tuple[Array, Array]:
+        s, dual = hyperparams
+        of_steps, pull_back = errors(s, params)
+        return dual.loss(of_steps), pull_back(dual.weights(of_steps))
+
+    @jax.jit
+    @jax.vmap
+    def begin(s: SetUp, params: Array) -> Dual:
+        return Dual.first(errors(s, params)[0])
+
+    @jax.jit
+    @jax.vmap
+    def look(
+        s: SetUp, dual: Dual, params: Array, result: optx.RESULTS
+    ) -> tuple[Dual, Array, Array]:
+        of_steps, _ = errors(s, params)
+        return dual.next(of_steps, result), dual.gap(of_steps), jnp.max(of_steps)
+
+    none = np.zeros(len(start), int)
+    end = _End(np.array(start), none, none.astype(bool))
+    dual, gap, largest = begin(columns, start), 1.0, 1.0
+    left = np.arange(len(start))  # the set-ups for which there is something to do
+    for number in range(MAX_ROUNDS if options["max_optimizer_steps"] else 1):
+        of_left = jax.tree.map(lambda x: x[left], columns)  # noqa: B023
+        solution = sweep(
+            smooth,
+            end.params[left],
+            (of_left, dual),
+            rtol=float(np.max(rtol_of_round(gap, largest))),
+            checkpoint_dir=directory / str(number),
+            **options,
+        )
+        of_round = _End.of(solution)
+        end.params[left] = of_round.params
+        end.num_steps[left] += of_round.num_steps
+        dual, gap, largest = look(of_left, dual, solution.value, solution.result)
+        end.converged[left] = of_round.converged & (gap <= rtol * largest)
+        on = np.flatnonzero(~end.converged[left])
+        if not on.size:
+            break
+        left = left[on]
+        dual, gap, largest = jax.tree.map(lambda x: x[on], (dual, gap, largest))  # noqa: B023
+    return end
 
 
 def found(
@@ -320,20 +254,7 @@ def found(
     elif family.grows:  # to what was of use
         s = s._replace(size=params.size // 2)
     s = s._replace(epochs=1 if sampled else s.epochs)
-    return _make(family.make, s, s, max_error), params
-
-
-def _make(make: Callable[..., Any], s: SetUp, most: SetUp, max_error: bool) -> Any:
-    """The mechanism of a set-up."""
-    return make(
-        s,
-        most,
-        workloads.momentum(most.n, s.momentum),
-        max_error=max_error,
-        min_sep=s.n // s.epochs,
-        max_participations=1 if most.epochs == 1 else s.epochs,
-        fixed_epochs=True,
-    )
+    return make_mechanism(family.make, s, s, max_error), params
 
 
 class _Training:
@@ -342,31 +263,33 @@ class _Training:
     def __init__(self, family: Family, most: SetUp, max_error: bool, s: SetUp):
         one_band = s._replace(size=1), most._replace(size=1)
         self._needed = family.needed
-        self._mechanism = _make(family.make, s, most, max_error)
-        self._independent = _make(_make_banded(BandedToeplitz), *one_band, max_error)
+        self.mechanism = make_mechanism(family.make, s, most, max_error)
+        self._independent = make_mechanism(
+            make_banded(BandedToeplitz), *one_band, max_error
+        )
 
     def start(self, *fewer: Array) -> Array:
-        return self._mechanism.initial_params(*fewer)
+        return self.mechanism.initial_params(*fewer)
 
     def loss_fn(self, params: Array) -> Any:
         """What is optimized."""
-        if isinstance(self._mechanism, Dense):
-            return self._mechanism.loss_and_gradient(params)
-        return self._mechanism.loss(params)
+        if isinstance(self.mechanism, Dense):
+            return self.mechanism.loss_and_gradient(params)
+        return self.mechanism.loss(params)
 
-    def outcome(self, start: Array, solution: Solution) -> Outcome:
+    def outcome(self, start: Array, end: _End) -> Outcome:
         return Outcome(
-            mechanism=self._needed(self._mechanism, solution.value),
-            params=solution.value,
-            optimizer_steps=solution.stats["num_steps"],
-            converged=solution.result == optx.RESULTS.successful,
+            mechanism=self._needed(self.mechanism, end.params),
+            params=end.params,
+            optimizer_steps=end.num_steps,
+            converged=end.converged,
             error_independent=jnp.sqrt(self._independent.loss(jnp.ones(1))),
             error_before=self._error(start),
-            error_after=self._error(solution.value),
+            error_after=self._error(end.params),
         )
 
     def _error(self, params: Array) -> Array:
         loss = self.loss_fn(params)
-        if isinstance(self._mechanism, Dense):  # which is optimized for sensitivity 1
-            loss = loss[0] * self._mechanism.sensitivity_squared(params)
+        if isinstance(self.mechanism, Dense):  # which is optimized for sensitivity 1
+            loss = loss[0] * self.mechanism.sensitivity_squared(params)
         return jnp.sqrt(loss)

@@ -20,7 +20,8 @@ from .._files import locked, write_npz
 from ..privacy import Budget
 from ..sweeps._checkpoints import remove_records
 from . import arguments, budget
-from .job import FAMILIES, Outcome, SetUp, run
+from .families import FAMILIES, SetUp
+from .job import Outcome, run
 
 _COLUMNS = """\
 columns: epochs, in each of which an example takes part once, as many steps apart as an

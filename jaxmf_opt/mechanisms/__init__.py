@@ -12,7 +12,9 @@ for `optimize`, and what training needs of the parameters that come out.
   a few buffers, however long the training is.
 * `Dense` has the smallest error of all, in O(n^3) time: up to about 1,000 steps.
 
-Take `ROBUST_OPTIMIZER` for all of them. `save` and `load` keep what comes out in files.
+Take `ROBUST_OPTIMIZER` for all of them, and `minimax` for a `Dense` of the least
+largest error. `save` and `load` keep what comes out in
+files.
 """
 
 from . import workloads

@@ -13,6 +13,7 @@ References:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -192,19 +193,47 @@ class Dense(eqx.Module):
           TypeError: If `params` are no real numbers.
           ValueError: If they have the wrong shape.
         """
-        workload, factor = self._workload_and_factor(params)
-        half = _linalg.solve(factor, workload.T)
-        errors = jnp.sum(half**2, axis=0)
+        errors, pull_back = self.errors_and_pull_back(params)
         # The derivative of the largest error, shared by those that are as large.
         largest = (errors == jnp.max(errors)).astype(errors.dtype)
         mean = self._inside.astype(errors.dtype)
         weights = jnp.where(self.max_error, largest, mean)
         n = jnp.asarray(self.n, errors.dtype)
         weights /= jnp.where(self.max_error, jnp.sum(largest), n)
-        whole = _linalg.solve(factor, half, transposed=True)
-        gradient = -_toeplitz.matmul(whole * weights[None, :], whole.T)
-        loss = jnp.sum(errors * weights)
-        return self._or_nan(loss), self._or_nan(self._project(gradient))
+        return self._or_nan(jnp.sum(errors * weights)), pull_back(weights)
+
+    def errors_and_pull_back(
+        self, params: Matrix
+    ) -> tuple[
+        Float[Array, " max_n"],
+        Callable[[Float[Array, " max_n"]], Float[Array, "max_n max_n"]],
+    ]:
+        """The errors of all steps, and the projected gradient of any weighted sum.
+
+        For `minimax(..., grad=True)`, which finds the least largest error: that has
+        kinks, as at its minimum all steps have the same error, and a solver that goes
+        by `loss_and_gradient` comes within some percent of it.
+
+        Args:
+          params: As in `loss_and_gradient`.
+
+        Returns:
+          `per_query_error(params)`, and a function that takes weights of the steps and
+          returns the projected gradient of the weighted sum.
+
+        Raises:
+          TypeError: If `params` are no real numbers.
+          ValueError: If they have the wrong shape.
+        """
+        workload, factor = self._workload_and_factor(params)
+        half = _linalg.solve(factor, workload.T)
+
+        def pull_back(weights: Float[Array, " max_n"]) -> Float[Array, "max_n max_n"]:
+            whole = _linalg.solve(factor, half, transposed=True)
+            gradient = -_toeplitz.matmul(whole * weights[None, :], whole.T)
+            return self._or_nan(self._project(gradient))
+
+        return self._or_nan(jnp.sum(half**2, axis=0)), pull_back
 
     def per_query_error(self, params: Matrix) -> Float[Array, " max_n"]:
         """The expected squared error of the model after each step, for unit noise.
@@ -220,9 +249,7 @@ class Dense(eqx.Module):
           TypeError: If `params` are no real numbers.
           ValueError: If they have the wrong shape.
         """
-        workload, factor = self._workload_and_factor(params)
-        half = _linalg.solve(factor, workload.T)
-        return self._or_nan(jnp.sum(half**2, axis=0))
+        return self.errors_and_pull_back(params)[0]
 
     def sensitivity_squared(self, params: Matrix) -> Float[Array, ""]:
         """The squared sensitivity of any strategy, or an upper bound of it.

@@ -23,10 +23,12 @@ from jax_privacy.matrix_factorization.sensitivity import fixed_epoch_sensitivity
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose, assert_array_equal
 
+from jaxmf_opt import minimax
 from jaxmf_opt._files import locked
 from jaxmf_opt.cli import plot
-from jaxmf_opt.cli.job import SetUp
+from jaxmf_opt.cli.families import SetUp
 from jaxmf_opt.cli.main import Line, main, table
+from jaxmf_opt.mechanisms import Dense, workloads
 
 pytestmark = pytest.mark.mixes  # upstream's code; whole jobs
 
@@ -300,6 +302,25 @@ def test_without_steps_and_matplotlib(tmp_path: Path, monkeypatch: pytest.Monkey
     assert before_last == f"wrote {tmp_path / 'strategies.npz'}"
     assert "matplotlib" in last and "pip install 'jaxmf_opt[plot]'" in last
     assert not (tmp_path / "strategies.png").exists()
+
+
+def test_matrices_of_the_least_largest_error(tmp_path: Path):
+    """As `minimax` finds them, though some take fewer rounds than others."""
+    argv = "--family dense --steps 8 --epochs 1 2 --momentum 0.5 --error max"
+    job = run(tmp_path, argv)
+    assert "not converged" not in job.out
+    for i, (_, n, epochs, momentum, _) in enumerate(job.grid):
+        with jax.enable_x64():
+            matrix = workloads.matrix(workloads.momentum(n, momentum))
+            in_order = {"min_sep": n // epochs, "max_participations": epochs}
+            wanted = Dense(n, workload_matrix=matrix, max_error=True, **in_order)
+            start = wanted.initial_params()
+            end = minimax(wanted.errors_and_pull_back, start, grad=True)
+        assert_allclose(job.arrays["error_after"][i] ** 2, end.loss, rtol=2e-6)
+        found = error("dense", mechanism(job, i), n, epochs, momentum, np.max)
+        assert_allclose(job.arrays["error_after"][i], found, rtol=1e-9)
+    none = run(tmp_path / "none", f"{argv} --max-optimizer-steps 0")
+    assert_allclose(none.arrays["error_after"], none.arrays["error_before"])
 
 
 # Arguments, and the set-ups of the first family: the product of these members.
