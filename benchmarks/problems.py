@@ -29,6 +29,8 @@ class Problem(NamedTuple):
       start: A vector, float64.
       hyperparam: A number, which not all losses look at.
       optimizer: That of this library which its README recommends.
+      losses: Where the loss is the largest of several, these and their pull back, as
+        `jaxmf_opt.minimax` takes them; else None.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Problem(NamedTuple):
     start: Array
     hyperparam: Any = 0.0
     optimizer: Any = ROBUST_OPTIMIZER
+    losses: Callable[[Any], Any] | None = None
 
 
 def unconstrained_cutest(max_size: int) -> Iterator[Problem]:
@@ -81,6 +84,17 @@ def of_dense(mechanism: Dense) -> tuple[Callable[[Any], Any], Array]:
         return loss, ravel_pytree(grad)[0]
 
     return _with_gradient(both), start
+
+
+def errors_of_dense(mechanism: Dense) -> Callable[[Any], Any]:
+    """The errors of its steps and their pull back, of a vector."""
+    _, unravel = ravel_pytree(mechanism.initial_params())
+
+    def errors(y: Array) -> tuple[Array, Callable[[Array], Array]]:
+        of_steps, pull_back = mechanism.errors_and_pull_back(unravel(y))
+        return of_steps, lambda weights: ravel_pytree(pull_back(weights))[0]
+
+    return errors
 
 
 def banded(n: int, bands: int, momentum: float = 0.9) -> Problem:

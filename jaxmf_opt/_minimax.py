@@ -177,7 +177,13 @@ def minimax(
     int_dtype, float_dtype = jnp.result_type(int), jnp.result_type(float)
 
     def evaluate(y: PyTree) -> tuple[Float[Array, " losses"], Any]:
-        losses, pull_back = losses_fn(y) if grad else (losses_fn(y), None)
+        out = losses_fn(y)
+        if grad and not (isinstance(out, tuple) and len(out) == 2 and callable(out[1])):
+            raise TypeError(
+                "with grad=True, `losses_fn` must return a pair of the losses and a "
+                f"function of their weights, got {out!r}."
+            )
+        losses, pull_back = out if grad else (out, None)
         return _check_losses(losses), pull_back
 
     def smooth(y: PyTree, dual: Dual) -> Any:
@@ -277,12 +283,13 @@ class _Round(NamedTuple):
 
 def _check_losses(losses: Any) -> Float[Array, " losses"]:
     """The losses, of float64; refuses what is no vector of real numbers."""
-    shape, dtype = jnp.shape(losses), jnp.result_type(losses)
-    if len(shape) != 1 or not shape[0]:
+    dtype = getattr(losses, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = f"{losses!r}" if dtype is None else f"dtype {dtype}"
+        raise TypeError(f"`losses_fn` must return an array of floats, got {got}.")
+    if losses.ndim != 1 or not losses.size:
         raise ValueError(
             "`losses_fn` must return a vector, of a loss at least; got an array of "
-            f"shape {shape}."
+            f"shape {losses.shape}."
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`losses_fn` must return real losses, got dtype {dtype}.")
     return jnp.asarray(losses, jnp.float64)

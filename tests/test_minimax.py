@@ -58,6 +58,25 @@ def test_convex_quadratics(losses: int, n: int):
         assert np.abs(end.weights @ slopes(end.value)).max() < 1e-4 * first
 
 
+def test_a_linear_program():
+    """Chebyshev's regression, whose losses have no curvature."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(20, 3))
+    y = x @ np.arange(3.0) + rng.uniform(-1, 1, 20)
+    with jax.enable_x64():
+        off = lambda c: x @ c - y  # noqa: E731
+        end = minimax(lambda c: jnp.concatenate([off(c), -off(c)]), np.zeros(3))
+    best = scipy.optimize.linprog(
+        [0, 0, 0, 1],
+        A_ub=np.column_stack([np.vstack([x, -x]), -np.ones(40)]),
+        b_ub=np.concatenate([y, -y]),
+        bounds=[(None, None)] * 4,
+    )
+    assert end.result == R.successful
+    np.testing.assert_allclose(end.loss, best.fun, rtol=1e-7)
+    np.testing.assert_allclose(end.value, best.x[:3], rtol=1e-4)
+
+
 # Charalambous and Conn, SIAM J. Numer. Anal. 15 (1978), and their minima.
 LITERATURE: dict[str, tuple[Any, Any, float]] = {
     "CB2": (
@@ -149,7 +168,9 @@ def test_it_has_no_derivative():
         ({"losses_fn": 3}, "`losses_fn` must be callable"),
         ({"losses_fn": lambda y: y}, "must return a vector"),
         ({"losses_fn": lambda y: jnp.zeros((0,))}, "must return a vector"),
-        ({"losses_fn": lambda y: jnp.arange(2)}, "real losses, got dtype"),
+        ({"losses_fn": lambda y: jnp.arange(2)}, "floats, got dtype"),
+        ({"losses_fn": lambda y: [y, -y]}, r"floats, got \["),
+        ({"grad": True}, "must return a pair of the losses"),
         ({"params": {}}, "`params`"),
         ({"grad": 1}, "`grad`"),
         ({"rtol": -1.0}, "`rtol`"),
