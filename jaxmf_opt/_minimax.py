@@ -80,6 +80,14 @@ def rtol_of_round(gap: Any, largest: Any) -> Any:
     return jnp.clip(_PART_OF_GAP * part, _LEAST_RTOL, _PART_OF_GAP)
 
 
+def is_exact(rtol_here: Any, rtol: Any) -> Any:
+    """Whether a problem was solved so exactly that its gap says anything.
+
+    If one loss alone is the largest, the gap is 0 wherever that is so.
+    """
+    return rtol_here <= jnp.maximum(rtol, _LEAST_RTOL)
+
+
 class Minimax(NamedTuple):
     """What `minimax` returns.
 
@@ -195,9 +203,10 @@ def minimax(
         one, none = jnp.array(1.0), jnp.array(0)
         at_limit: Any = RESULTS.nonlinear_max_steps_reached
         dual = Dual.first(evaluate(y)[0])
-        return _Round(y, dual, one, one, at_limit, none, none, jnp.array(1))
+        return _Round(y, dual, one, one, one, at_limit, none, none, jnp.array(1))
 
     def next_round(at: _Round) -> _Round:
+        rtol_here = rtol_of_round(at.gap, at.largest)
         solution = solve(
             smooth,
             at.y,
@@ -205,7 +214,7 @@ def minimax(
             grad=grad,
             max_optimizer_steps=max_optimizer_steps,
             optimizer=optimizer,
-            rtol=rtol_of_round(at.gap, at.largest),
+            rtol=rtol_here,
         )
         losses, _ = evaluate(solution.value)
         evaluations = solution.stats["num_loss_evaluations"]
@@ -215,6 +224,7 @@ def minimax(
             dual=at.dual.next(losses, solution.result),
             largest=jnp.max(losses),
             gap=at.dual.gap(losses),
+            rtol=rtol_here,
             result=solution.result,
             num_rounds=at.num_rounds + 1,
             num_steps=at.num_steps + solution.stats["num_steps"],
@@ -224,7 +234,8 @@ def minimax(
         )
 
     def is_close(at: _Round) -> Bool[Array, ""]:
-        return at.gap <= rtol * jnp.abs(at.largest) + atol
+        is_small = at.gap <= rtol * jnp.abs(at.largest) + atol
+        return is_small & is_exact(at.rtol, rtol)
 
     def goes_on(at: _Round) -> Bool[Array, ""]:
         is_over = is_close(at) & (at.result != RESULTS.nonlinear_max_steps_reached)
@@ -265,6 +276,7 @@ class _Round(NamedTuple):
       dual: What makes the next one.
       largest: The largest loss at `y`.
       gap: By how much it is above the weighted sum.
+      rtol: How exactly the problem was solved.
       result: How the problem was solved.
       num_rounds: The number of problems so far.
       num_steps: Of their steps.
@@ -275,6 +287,7 @@ class _Round(NamedTuple):
     dual: Dual
     largest: Float[Array, ""]
     gap: Float[Array, ""]
+    rtol: Float[Array, ""]
     result: RESULTS
     num_rounds: Int[Array, ""]
     num_steps: Int[Array, ""]

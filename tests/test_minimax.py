@@ -77,6 +77,21 @@ def test_a_linear_program():
     np.testing.assert_allclose(end.value, best.x[:3], rtol=1e-4)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_where_one_loss_alone_is_the_largest(other: bool):
+    """There is no gap then, from the start; what counts is how exactly it is solved."""
+
+    def losses(y: Any) -> Any:
+        valley = 1 + 1e4 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2
+        return jnp.stack([valley, jnp.sum(y**2) - 2] if other else [valley])
+
+    with jax.enable_x64():
+        end = minimax(losses, np.array([-1.2, 1.0]))
+        assert end.result == R.successful
+        np.testing.assert_allclose(end.loss, 1.0, rtol=1e-8)
+        np.testing.assert_allclose(end.value, 1.0, rtol=1e-4)
+
+
 # Charalambous and Conn, SIAM J. Numer. Anal. 15 (1978), and their minima.
 LITERATURE: dict[str, tuple[Any, Any, float]] = {
     "CB2": (

@@ -14,7 +14,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array
 
-from .._minimax import MAX_ROUNDS, Dual, rtol_of_round
+from .._minimax import MAX_ROUNDS, Dual, is_exact, rtol_of_round
 from .._solver.solution import Solution
 from ..mechanisms import BandedToeplitz, Dense
 from ..robust import ROBUST_OPTIMIZER
@@ -210,11 +210,12 @@ def _least_largest(
     left = np.arange(len(start))  # the set-ups for which there is something to do
     for number in range(MAX_ROUNDS if options["max_optimizer_steps"] else 1):
         of_left = jax.tree.map(lambda x: x[left], columns)  # noqa: B023
+        rtol_here = float(np.max(rtol_of_round(gap, largest)))
         solution = sweep(
             smooth,
             end.params[left],
             (of_left, dual),
-            rtol=float(np.max(rtol_of_round(gap, largest))),
+            rtol=rtol_here,
             checkpoint_dir=directory / str(number),
             **options,
         )
@@ -222,8 +223,9 @@ def _least_largest(
         end.params[left] = of_round.params
         end.num_steps[left] += of_round.num_steps
         dual, gap, largest = look(of_left, dual, solution.value, solution.result)
-        end.converged[left] = of_round.converged & (gap <= rtol * largest)
-        on = np.flatnonzero(~end.converged[left])
+        is_close = (gap <= rtol * largest) & is_exact(rtol_here, rtol)
+        end.converged[left] = of_round.converged & is_close
+        on = np.flatnonzero(~end.converged[left] & np.isfinite(gap))
         if not on.size:
             break
         left = left[on]
