@@ -166,10 +166,10 @@ def minimax(
 
       >>> import jax.numpy as jnp
       >>> from jaxmf_opt import minimax
-      >>> points = jnp.array([[0.0, 0.0], [2.0, 0.0], [1.0, 0.5]])
+      >>> points = jnp.array([[0.0, 1.0], [2.0, 1.0], [1.0, 1.5]])
       >>> squared = lambda center: jnp.sum((points - center) ** 2, axis=1)
       >>> minimax(squared, jnp.zeros(2)).value.round(4)
-      Array([1., 0.], dtype=float32)
+      Array([1., 1.], dtype=float32)
     """
     check_callable("losses_fn", losses_fn)
     check_params(params)

@@ -28,7 +28,15 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # What is handed out, and not called: the docstring of its maker has the example.
 HANDED_OUT = {
-    *("Lane", "Solution", "History", "MinimiserState", "SolverState", "Record"),
+    *(
+        "Lane",
+        "Solution",
+        "Minimax",
+        "History",
+        "MinimiserState",
+        "SolverState",
+        "Record",
+    ),
     *("SweepInterrupted", "SweepTable", "Buffers", "SavedMechanism"),
     *("SearchProgress", "RobustLBFGSState", "RobustOptimizer"),
 }
