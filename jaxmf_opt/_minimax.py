@@ -52,12 +52,11 @@ class Dual(NamedTuple):
 
     def loss(self, losses: Float[Array, " losses"]) -> Float[Array, ""]:
         """The loss of the problem, a smooth function of the losses."""
-        exponents = self.log_weights + losses / self.temperature
-        return self.temperature * jax.nn.logsumexp(exponents)
+        return self.temperature * jax.nn.logsumexp(self._exponents(losses))
 
     def weights(self, losses: Float[Array, " losses"]) -> Float[Array, " losses"]:
         """Its derivative."""
-        return jax.nn.softmax(self.log_weights + losses / self.temperature)
+        return jax.nn.softmax(self._exponents(losses))
 
     def next(self, losses: Float[Array, " losses"], result: RESULTS) -> "Dual":
         """That of the next problem, by the losses at the end of this one.
@@ -65,13 +64,16 @@ class Dual(NamedTuple):
         The lower the temperature, the nearer are the weights to those wanted, and the
         harder the problem. So it falls where this one was solved.
         """
-        exponents = self.log_weights + losses / self.temperature
         fall = jnp.where(result == RESULTS.successful, _FALL, 1.0)
-        return Dual(jax.nn.log_softmax(exponents), fall * self.temperature)
+        log_weights = jax.nn.log_softmax(self._exponents(losses))
+        return Dual(log_weights, fall * self.temperature)
 
     def gap(self, losses: Float[Array, " losses"]) -> Float[Array, ""]:
         """By how much the largest loss is above the weighted sum."""
         return jnp.sum(self.weights(losses) * (jnp.max(losses) - losses))
+
+    def _exponents(self, losses: Float[Array, " losses"]) -> Float[Array, " losses"]:
+        return self.log_weights + losses / self.temperature
 
 
 def rtol_of_round(gap: Any, largest: Any) -> Any:
@@ -80,12 +82,16 @@ def rtol_of_round(gap: Any, largest: Any) -> Any:
     return jnp.clip(_PART_OF_GAP * part, _LEAST_RTOL, _PART_OF_GAP)
 
 
-def is_exact(rtol_here: Any, rtol: Any) -> Any:
-    """Whether a problem was solved so exactly that its gap says anything.
+def is_close(
+    gap: Any, largest: Any, rtol_here: Any, rtol: Any, atol: Any = 0.0
+) -> Bool[Array, "..."]:
+    """Whether a gap is as small as asked for, and says anything.
 
-    If one loss alone is the largest, the gap is 0 wherever that is so.
+    If one loss alone is the largest, the gap is 0 wherever that is so: it counts if the
+    problem was solved as exactly as asked for.
     """
-    return rtol_here <= jnp.maximum(rtol, _LEAST_RTOL)
+    is_exact = rtol_here <= jnp.maximum(rtol, _LEAST_RTOL)
+    return (gap <= rtol * jnp.abs(largest) + atol) & is_exact
 
 
 class Minimax(NamedTuple):
@@ -233,12 +239,11 @@ def minimax(
             ),
         )
 
-    def is_close(at: _Round) -> Bool[Array, ""]:
-        is_small = at.gap <= rtol * jnp.abs(at.largest) + atol
-        return is_small & is_exact(at.rtol, rtol)
+    def is_found(at: _Round) -> Bool[Array, ""]:
+        return is_close(at.gap, at.largest, at.rtol, rtol, atol)
 
     def goes_on(at: _Round) -> Bool[Array, ""]:
-        is_over = is_close(at) & (at.result != RESULTS.nonlinear_max_steps_reached)
+        is_over = is_found(at) & (at.result != RESULTS.nonlinear_max_steps_reached)
         is_over |= ~jnp.isfinite(at.gap)
         return ~is_over & (at.num_rounds < max_rounds)
 
@@ -251,7 +256,7 @@ def minimax(
         value = [x.astype(d) for x, d in zip(leaves, dtypes, strict=True)]
         at_limit: Any = RESULTS.nonlinear_max_steps_reached
         nonfinite: Any = RESULTS.nonfinite
-        is_short = (end.result == RESULTS.successful) & ~is_close(end)
+        is_short = (end.result == RESULTS.successful) & ~is_found(end)
         result = RESULTS.where(is_short, at_limit, end.result)
         result = RESULTS.where(jnp.isfinite(end.gap), result, nonfinite)
         return Minimax(

@@ -14,7 +14,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array
 
-from .._minimax import MAX_ROUNDS, Dual, is_exact, rtol_of_round
+from .._minimax import MAX_ROUNDS, Dual, is_close, rtol_of_round
 from .._solver.solution import Solution
 from ..mechanisms import BandedToeplitz, Dense
 from ..robust import ROBUST_OPTIMIZER
@@ -207,9 +207,9 @@ def _least_largest(
     none = np.zeros(len(start), int)
     end = _End(np.array(start), none, none.astype(bool))
     dual, gap, largest = begin(columns, start), 1.0, 1.0
-    left = np.arange(len(start))  # the set-ups for which there is something to do
+    # The set-ups for which there is something to do.
+    left, of_left = np.arange(len(start)), columns
     for number in range(MAX_ROUNDS if options["max_optimizer_steps"] else 1):
-        of_left = jax.tree.map(lambda x: x[left], columns)  # noqa: B023
         rtol_here = float(np.max(rtol_of_round(gap, largest)))
         solution = sweep(
             smooth,
@@ -223,13 +223,15 @@ def _least_largest(
         end.params[left] = of_round.params
         end.num_steps[left] += of_round.num_steps
         dual, gap, largest = look(of_left, dual, solution.value, solution.result)
-        is_close = (gap <= rtol * largest) & is_exact(rtol_here, rtol)
-        end.converged[left] = of_round.converged & is_close
+        reached = is_close(gap, largest, rtol_here, rtol)
+        end.converged[left] = of_round.converged & reached
         on = np.flatnonzero(~end.converged[left] & np.isfinite(gap))
         if not on.size:
             break
-        left = left[on]
-        dual, gap, largest = jax.tree.map(lambda x: x[on], (dual, gap, largest))  # noqa: B023
+        left, of_left, dual, gap, largest = jax.tree.map(
+            lambda x: x[on],  # noqa: B023
+            (left, of_left, dual, gap, largest),
+        )
     return end
 
 

@@ -13,8 +13,7 @@ for `optimize`, and what training needs of the parameters that come out.
 * `Dense` has the smallest error of all, in O(n^3) time: up to about 1,000 steps.
 
 Take `ROBUST_OPTIMIZER` for all of them, and `minimax` for a `Dense` of the least
-largest error. `save` and `load` keep what comes out in
-files.
+largest error. `save` and `load` keep what comes out in files.
 """
 
 from . import workloads
