@@ -20,9 +20,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from . import _linalg, _streaming, _toeplitz
+from ._fixed_order import FixedOrder
 from ._setup import (
     Count,
     Flag,
@@ -159,10 +160,10 @@ class Dense(eqx.Module):
         """
         workload = self.workload_matrix
         column = jnp.ones(self.max_n) if workload is None else workload[:, 0]
-        bands = jnp.minimum(self.bands, self._period)
+        bands = jnp.minimum(self.bands, self._order.period)
         root = _toeplitz.square_root(jnp.asarray(column))
         root = jnp.where(steps(self.max_n) < bands, root, 0.0)
-        inside = self._both_inside
+        inside = self._order.both_inside
         strategy = jnp.where(inside, _toeplitz.matrix(root), 0.0)
         strategy /= jnp.linalg.norm(strategy, axis=0, keepdims=True)
         gram = _toeplitz.matmul(strategy.T, strategy)
@@ -196,7 +197,7 @@ class Dense(eqx.Module):
         errors, pull_back = self.errors_and_pull_back(params)
         # The derivative of the largest error, shared by those that are as large.
         largest = (errors == jnp.max(errors)).astype(errors.dtype)
-        mean = self._inside.astype(errors.dtype)
+        mean = self._order.inside.astype(errors.dtype)
         weights = jnp.where(self.max_error, largest, mean)
         n = jnp.asarray(self.n, errors.dtype)
         weights /= jnp.where(self.max_error, jnp.sum(largest), n)
@@ -271,18 +272,15 @@ class Dense(eqx.Module):
           ValueError: If they have the wrong shape.
         """
         params = self._check_params(params)
-        inside = self._both_inside
-        gram = jnp.where(inside, jnp.abs(params), 0.0)
-        in_order = jnp.where(self._steps_apart % self._period == 0, gram, 0.0)
-        of_classes = jax.ops.segment_sum(
-            jnp.sum(in_order, axis=1), self._classes, self.max_n
-        )
-        fixed = jnp.max(of_classes)
+        order = self._order
+        gram = jnp.where(order.both_inside, jnp.abs(params), 0.0)
+        in_order = jnp.where(order.together, gram, 0.0)
+        fixed = jnp.max(order.sums(jnp.sum(in_order, axis=1)))
         if self.equal_norm is False:
             return self._or_nan(fixed)
         at_least = jnp.logical_and(self.equal_norm, self.bands <= self.min_sep)
         # Without products of two participations that is the sum over a diagonal.
-        far = jnp.abs(self._steps_apart) >= self.min_sep
+        far = jnp.abs(order.apart) >= self.min_sep
         orthogonal = ~jnp.any(far & (gram != 0))
         largest_sum = functools.partial(
             _linalg.largest_sum, min_sep=self.min_sep, count=self.max_participations
@@ -352,29 +350,8 @@ class Dense(eqx.Module):
         )
 
     @property
-    def _inside(self) -> Bool[Array, " max_n"]:
-        return jnp.asarray(steps(self.max_n) < self.n)
-
-    @property
-    def _both_inside(self) -> Bool[Array, "max_n max_n"]:
-        return self._inside[:, None] & self._inside[None, :]
-
-    @property
-    def _period(self) -> Any:
-        """After how many steps the same example takes part; for one, never."""
-        if isinstance(self.max_participations, int) and isinstance(self.n, int):
-            return self.n if self.max_participations == 1 else self.min_sep
-        once = self.max_participations == 1
-        return jnp.maximum(jnp.where(once, self.n, self.min_sep), 1)
-
-    @property
-    def _classes(self) -> Array:
-        """Which steps an example takes part in together."""
-        return jnp.asarray(steps(self.max_n) % self._period)
-
-    @property
-    def _steps_apart(self) -> np.ndarray:
-        return steps(self.max_n)[:, None] - steps(self.max_n)[None, :]
+    def _order(self) -> FixedOrder:
+        return FixedOrder(self.n, self.max_n, self.min_sep, self.max_participations)
 
     def _count(self, dtype: Any) -> Array:
         return jnp.asarray(self.max_participations, dtype)
@@ -384,25 +361,24 @@ class Dense(eqx.Module):
         workload = self.workload_matrix
         workload = jnp.tri(self.max_n) if workload is None else jnp.asarray(workload)
         dtype = np.promote_types(workload.dtype, gram.dtype)
-        workload = jnp.where(self._both_inside, workload, 0.0).astype(dtype)
+        workload = jnp.where(self._order.both_inside, workload, 0.0).astype(dtype)
         return workload, _linalg.cholesky(gram.astype(dtype))
 
     def _gram(self, params: Matrix) -> Array:
         """The parameters; beyond the steps, those of the identity."""
         gram = self._check_params(params)
         eye = jnp.eye(self.max_n, dtype=gram.dtype)
-        return jnp.where(self._both_inside, gram, eye)
+        return jnp.where(self._order.both_inside, gram, eye)
 
     def _project(self, gradient: Array) -> Array:
         """The part of a gradient along which nothing changes that must not."""
-        apart = self._steps_apart
-        free = (apart % self._period != 0) & (jnp.abs(apart) < self.bands)
-        free &= self._both_inside
+        order = self._order
+        free = ~order.together & (jnp.abs(order.apart) < self.bands)
+        free &= order.both_inside
         # The squared norms of the columns of an example have a constant sum.
-        diagonal = jnp.where(self._inside, jnp.diag(gradient), 0.0)
-        sums = jax.ops.segment_sum(diagonal, self._classes, self.max_n)
-        diagonal -= sums[self._classes] / self._count(diagonal.dtype)
-        moves = self._inside & jnp.logical_not(self.equal_norm)
+        diagonal = jnp.where(order.inside, jnp.diag(gradient), 0.0)
+        diagonal -= order.sums(diagonal) / self._count(diagonal.dtype)
+        moves = order.inside & jnp.logical_not(self.equal_norm)
         diagonal = jnp.where(moves, diagonal, 0.0)
         return jnp.where(free, gradient, 0.0) + jnp.diag(diagonal)
 
