@@ -367,6 +367,26 @@ class TestWhole:
         assert on.stats["num_steps"] == 60
         np.testing.assert_array_equal(solution.value, on.value)
 
+    def test_it_ends_soon_after_a_smooth_minimum(self):
+        """It neither takes rounding for progress, nor waits for a restart to help."""
+        rng = np.random.default_rng(0)
+        units = 10.0 ** rng.uniform(-1, 1, (12, 1, 8))
+        features = rng.normal(size=(12, 30, 8)) * units
+
+        def one(features: Any) -> Any:
+            def loss(y: Any) -> Any:
+                return jnp.sum(jnp.logaddexp(0.0, features @ y)) + jnp.sum(y**2)
+
+            options = {**OPTIONS, "rtol": 0.0, "gtol": 0.0, "history": True}
+            return solve(loss, jnp.zeros(8, features.dtype), **options)
+
+        with jax.enable_x64():
+            batch = jax.jit(jax.vmap(one))(features)
+        assert np.all(batch.result == optx.RESULTS.successful)
+        norms = np.asarray(batch.stats["history"].grad_norm)
+        there = np.argmax(norms <= 1e-12 * norms[:, :1], axis=1)
+        assert np.mean(batch.stats["num_steps"] - there) < 25
+
     def test_it_ends_on_a_kink(self):
         """And says that the gradient is not small there."""
 

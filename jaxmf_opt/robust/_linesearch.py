@@ -91,7 +91,9 @@ def scale_by_weak_wolfe_linesearch(
     At a minimum on a kink the gradient stays large, and steps that change the value by
     nothing but rounding can be found for ever. So after `patience` steps in which
     neither the value nor the gradient has become visibly smaller, one step is refused,
-    so that an optimizer can restart; and after as many again, all are.
+    so that an optimizer can restart; and after as many again, all are. All are at once
+    where the slope promises nothing but rounding either, as at a minimum without kinks:
+    no restart would lead further down.
 
     Args:
       max_linesearch_steps: The number of trials.
@@ -103,7 +105,7 @@ def scale_by_weak_wolfe_linesearch(
         the search would look for the luckiest error, trial by trial.)
       patience: The number of steps without progress after which one is refused, and
         after twice as many all. Progress is a value that is lower than any before by
-        more than `ulps` of its own, or a gradient whose norm is lower by a tenth.
+        more than `ulps` of its own, or a gradient whose norm is lower by half.
 
     Returns:
       A transformation whose update needs `value`, `grad` and `value_fn`, for the end of
@@ -163,9 +165,9 @@ def scale_by_weak_wolfe_linesearch(
             return jnp.asarray(optax.tree.vdot(updates, grad), dtype)
 
         slope = slope_of(grad)
-        rounding = ulps * jnp.finfo(dtype).eps
+        rounding = ulps * float(jnp.finfo(dtype).eps)
         norm = optax.tree.norm(grad).astype(dtype)
-        progress = _seen(state[0], value, norm, rounding, patience)
+        progress = _seen(state[0], value, norm, slope, rounding, patience)
         slack = rounding * progress.largest
         waited = progress.is_waiting | progress.is_exhausted
 
@@ -234,20 +236,26 @@ def scale_by_weak_wolfe_linesearch(
 
 
 def _seen(
-    before: SearchProgress, value: Array, slope: Array, rounding: Any, patience: int
+    before: SearchProgress,
+    value: Array,
+    norm: Array,
+    slope: Array,
+    rounding: float,
+    patience: int,
 ) -> SearchProgress:
-    """The progress with one value, and the norm of the gradient there."""
+    """The progress with one value, the norm of the gradient there, and a slope."""
     size = jnp.abs(value)
     is_lower = value < before.lowest - rounding * size
-    is_flatter = slope < 0.9 * before.least_slope
+    is_flatter = norm < 0.5 * before.least_slope
     idle = jnp.where(is_lower | is_flatter, 0, before.idle + 1)
+    limit = jnp.where(-slope > rounding * size, 2 * patience, patience)
     return SearchProgress(
         jnp.maximum(before.largest, jnp.where(jnp.isfinite(size), size, 0)),
         jnp.where(is_lower, value, before.lowest),
-        jnp.where(is_flatter, slope, before.least_slope),
+        jnp.where(is_flatter, norm, before.least_slope),
         idle,
         idle == patience,
-        before.is_exhausted | (idle >= 2 * patience),
+        before.is_exhausted | (idle >= limit),
     )
 
 
