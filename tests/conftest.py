@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import hypothesis
@@ -36,7 +37,7 @@ def settings_of_users(request: pytest.FixtureRequest):
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
-    _be_strict()
+    _set(_STRICT)
 
 
 @pytest.fixture(autouse=True)
@@ -70,23 +71,23 @@ def pytest_addoption(parser: pytest.Parser):
 
 # Types and ranks of arrays are not to be mixed without saying so.
 _STRICT = {
-    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
 }
-
-
-def _be_strict() -> None:
-    for name, value in _STRICT.items():
-        jax.config.update(name.lower(), value)
-
 
 # Many tests compile what others have compiled, in other processes too. JAX's cache of
 # compiled programs is theirs for one run of the suite.
 _CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": "",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+
+
+def _set(options: Mapping[str, str | int]) -> None:
+    """Here, and in processes that tests start."""
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_configure(config: pytest.Config):
@@ -110,13 +111,9 @@ def pytest_configure(config: pytest.Config):
     if not config.option.optimized:
         flags += [as_flag(*option) for option in known(COMPILE_QUICKLY).items()]
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    os.environ.update(_CACHE | _STRICT)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp()
+    directory = tempfile.mkdtemp()
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
-    _be_strict()
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _set(_STRICT | _CACHE | {"jax_compilation_cache_dir": directory})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
