@@ -93,14 +93,15 @@ def main() -> None:
     print("nearly no loss, sgd")
     params = jnp.linspace(-1.0, 1.0, 16)
     _measure(lambda y: jnp.sum((y - 3.0) ** 2), params, 2000, optax.sgd(1e-4))
-    print("Toeplitz n=128 b=16, L-BFGS")
-    loss = functools.partial(toeplitz.loss, n=128, reduction_fn=jnp.mean)
     # As the default optimizer, but not cut short without a callback.
     optimizer = optax.lbfgs(
         memory_size=1, linesearch=optax.scale_by_backtracking_linesearch(127)
     )
     start = toeplitz.optimal_max_error_strategy_coefs(16)
-    _measure(loss, start, 250, optimizer)
+    for n in (128, 1024):
+        print(f"Toeplitz n={n} b=16, L-BFGS")
+        loss = functools.partial(toeplitz.loss, n=n, reduction_fn=jnp.mean)
+        _measure(loss, start, 250, optimizer)
 
 
 if __name__ == "__main__":
