@@ -768,12 +768,6 @@ LOOPS: dict[str, Callable[[Map], Map]] = {
         lambda c: jax.lax.scan(lambda x, _: (y(x), None), c, length=2)[0]
     ),
     "trajectory": trajectory,
-    "vmap of map": lambda y: (
-        lambda c: jax.vmap(lambda row: jax.lax.map(y, row))(c[None, None])[0, 0]
-    ),
-    "jit of checkpoint of map": lambda y: jax.jit(
-        jax.checkpoint(lambda c: jax.lax.map(jax.jit(y), c[None])[0])
-    ),
     "cond in scan": lambda y: (
         lambda c: jax.lax.scan(
             lambda x, _: (jax.lax.cond(x > 0, y, jnp.sin, x), None), c, length=2
@@ -792,8 +786,6 @@ class TestHigherOrders:
             ("map", "frf"),
             ("scan carry", "fr"),
             ("trajectory", "rr"),
-            ("vmap of map", "ff"),
-            ("jit of checkpoint of map", "fr"),
             ("cond in scan", "rf"),
             ("solve in solve", "r"),
         ],
