@@ -374,12 +374,11 @@ def keep_state_alive(y: PyTree, state: MinimiserState) -> SolverState:
     times the evaluations, for not having looked at the state.
     """
     never = state.step < 0
-    numbers = [x for x in jax.tree.leaves(state) if x.ndim == 0]
-    # Of the arrays, the steps themselves need all but these.
-    arrays = jax.tree.leaves((state.aux, state.movement, state.history))
-    numbers += [x.ravel()[0] for x in arrays if x.ndim and x.size]
-    is_number = lambda x: not jnp.issubdtype(x.dtype, jax.dtypes.extended)  # noqa: E731
-    witness = sum(x.astype(jnp.float64) for x in numbers if is_number(x))
+    leaves = [x for x in jax.tree.leaves(state) if x.size]
+    numbers = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+    # (To take the first element of a scalar would be four more operations.)
+    first = [x.ravel()[0] if x.ndim else x for x in numbers]
+    witness = sum(x.astype(jnp.float64) for x in first)
 
     def pin(y: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jnp.where(never, witness, x), y)
