@@ -312,14 +312,20 @@ def test_matrices_of_the_least_largest_error(tmp_path: Path):
     for i, (_, n, epochs, momentum, _) in enumerate(job.grid):
         found = error("dense", mechanism(job, i), n, epochs, momentum, np.max)
         assert_allclose(job.arrays["error_after"][i], found, rtol=1e-9)
-    _, n, epochs, momentum, _ = job.grid[-1]
-    with jax.enable_x64():
-        matrix = workloads.matrix(workloads.momentum(n, momentum))
-        in_order = {"min_sep": n // epochs, "max_participations": epochs}
-        wanted = Dense(n, workload_matrix=matrix, max_error=True, **in_order)
+
+    def least(epochs: Any) -> Any:
+        matrix = workloads.matrix(workloads.momentum(8, 0.5))
+        in_order = {"min_sep": 8 // epochs, "max_participations": epochs}
+        wanted = Dense(8, workload_matrix=matrix, max_error=True, **in_order)
         start = wanted.initial_params()
-        end = minimax(wanted.errors_and_pull_back, start, grad=True)
-    assert_allclose(job.arrays["error_after"][-1] ** 2, end.loss, rtol=2e-6)
+        return minimax(wanted.errors_and_pull_back, start, grad=True).loss
+
+    _, n, epochs, momentum, _ = zip(*job.grid, strict=True)
+    assert set(n) == {8}
+    assert set(momentum) == {0.5}
+    with jax.enable_x64():
+        want = jax.jit(jax.vmap(least))(np.array(epochs))
+    assert_allclose(job.arrays["error_after"] ** 2, want, rtol=2e-6)
     none = run(tmp_path / "none", f"{argv} --max-optimizer-steps 0")
     assert_allclose(none.arrays["error_after"], none.arrays["error_before"])
 
