@@ -32,6 +32,18 @@ def least_seconds(call: Callable[[], Any], repeats: int = 5) -> float:
     return min(seconds(call) for _ in range(repeats))
 
 
+def timed(
+    call: Callable[[], T], repeats: int = 5, enough: float = 0.5
+) -> tuple[T, float]:
+    """The result and the least time of a call that is compiled already.
+
+    One that takes `enough` seconds is not repeated.
+    """
+    results: list[T] = []
+    took = seconds(lambda: results.append(jax.block_until_ready(call())))
+    return results[0], took if took >= enough else least_seconds(call, repeats)
+
+
 def progress(
     items: Sequence[T], what: str, name: Callable[[T], str] = str
 ) -> Iterator[T]:

@@ -39,7 +39,6 @@ import math
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -51,7 +50,7 @@ import numpy as np
 from jaxtyping import Array
 
 from . import profiles, report
-from .common import least_seconds, progress, seconds
+from .common import least_seconds, progress, seconds, timed
 from .flags import COMPILE_QUICKLY, known
 from .peers import OURS, THEIRS, Loss, Peer, ours
 from .problems import Problem, banded, mechanisms, unconstrained_cutest
@@ -168,11 +167,7 @@ def run_mechanisms(
             cold = seconds(functools.partial(call, 1e-6))
             tried[name] = []
             for tol in TOLERANCES:
-                begin = time.perf_counter()
-                point = jax.block_until_ready(call(tol)[0])
-                took = time.perf_counter() - begin
-                if took < 0.5:
-                    took = least_seconds(functools.partial(call, tol))
+                (point, _), took = timed(functools.partial(call, tol))
                 reached = float(loss(jnp.asarray(point), problem.hyperparam))
                 row = {"tol": tol, "loss": reached, "cold": cold, "warm": took}
                 tried[name].append(row)
@@ -211,21 +206,19 @@ def run_batch(
             return jnp.stack([one(m) for m in momenta])
 
         call = jax.jit(every) if peer.compiled else every
-        if peer.compiled:  # compiles it, and hardly more by this tolerance
-            attempt(lambda call=call: jax.block_until_ready(call(momenta, 1e3)))
+        # Compiles it, and hardly more by this tolerance.
+        attempt(functools.partial(seconds, functools.partial(call, momenta, 1e3)))
         tried[name] = []
         # One is enough where it is not seen, by a traced solver in Python for example.
         blind = not peer.has_tolerance or (peer.traceable and not peer.compiled)
         for tol in TOLERANCES[-1:] if blind else TOLERANCES:
             batch = functools.partial(call, momenta, tol)
-            begin = time.perf_counter()
-            points = attempt(lambda batch=batch: jax.block_until_ready(batch()))
-            if isinstance(points, str):
-                tried[name] = points
+            enough = 5.0 if peer.compiled else 0.0
+            outcome = attempt(functools.partial(timed, batch, 3, enough))
+            if isinstance(outcome, str):
+                tried[name] = outcome
                 break
-            took = time.perf_counter() - begin
-            if peer.compiled and took < 5:
-                took = least_seconds(batch, 3)
+            points, took = outcome
             reached = np.asarray(losses(points, momenta))
             tried[name].append((took, tol, reached))
     reached = [r[2] for rows in tried.values() if isinstance(rows, list) for r in rows]
