@@ -1,54 +1,41 @@
 """Pytrees of few arrays: all their scalars are in one.
 
-A compiled program takes microseconds for each array that it returns, which is most of
-the time of a small one.
+A compiled program takes a microsecond for each array that it takes or returns, and for
+each node of a pytree: most of the time of a small one.
 """
-
-import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["scalars", "others"],
-    meta_fields=["dtypes", "treedef"],
-)
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """What `pack` makes of a pytree.
+def pack(tree: PyTree) -> tuple[Float[Array, " n"], *tuple[Array, ...]]:
+    """Packs a pytree of real arrays. To be compiled with 64-bit types.
 
-    Attributes:
-      scalars: Its scalars, as float64 (in which integers up to 2**53 are exact).
-      others: Its other leaves.
-      dtypes: For each leaf the dtype if it is a scalar, else None.
-      treedef: The structure.
+    Args:
+      tree: The pytree.
+
+    Returns:
+      Its scalars, as float64 (in which integers up to 2**53 are exact), and its other
+      leaves.
     """
-
-    scalars: Float[Array, " n"]
-    others: list[Array]
-    dtypes: tuple[Any, ...]
-    treedef: Any
-
-
-def pack(tree: PyTree) -> Packed:
-    """Packs a pytree of real arrays. To be compiled with 64-bit types."""
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves = jax.tree.leaves(tree)
     scalars = jnp.array([x.astype(jnp.float64) for x in leaves if not x.ndim])
-    others = [x for x in leaves if x.ndim]
-    dtypes = tuple(None if x.ndim else x.dtype for x in leaves)
-    return Packed(scalars, others, dtypes, treedef)
+    return scalars, *(x for x in leaves if x.ndim)
 
 
-def unpack(packed: Packed) -> PyTree:
-    """What was packed."""
-    scalars, others = iter(packed.scalars), iter(packed.others)
-    leaves = [
-        next(others) if dtype is None else next(scalars).astype(dtype)
-        for dtype in packed.dtypes
-    ]
-    return jax.tree.unflatten(packed.treedef, leaves)
+def unpack(packed: tuple[Array, ...], like: PyTree) -> PyTree:
+    """What was packed.
+
+    Args:
+      packed: What `pack` has made of it.
+      like: A pytree of the same structure, shapes and dtypes.
+
+    Returns:
+      The pytree.
+    """
+    first, *others = packed
+    scalars, arrays = iter(first), iter(others)
+    leaves, treedef = jax.tree.flatten(like)
+    leaves = [next(arrays) if x.ndim else next(scalars).astype(x.dtype) for x in leaves]
+    return jax.tree.unflatten(treedef, leaves)

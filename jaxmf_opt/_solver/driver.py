@@ -4,6 +4,7 @@ Both are pure functions of a specification and of arrays; `compilation.py` has t
 compiled. They are to be called, or traced, with 64-bit types.
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
-from .._jax.packing import Packed, pack, unpack
+from .._jax.packing import pack, unpack
 from .._jax.varying import on_mesh
 from .compiled_callbacks import MinimiserWithCallbacks
 from .convergence import all_finite
@@ -251,34 +252,42 @@ class StepState(NamedTuple):
     loss: Float[Array, ""]
     grad: PyTree
     opt_state: PyTree
-    rest: Packed
+    rest: tuple[Array, ...]
+
+
+def packed(spec: SolveSpec, state: SolverState) -> StepState:
+    """A state as `step` takes it."""
+    del spec
+    of = state.minimiser
+    return StepState(state.params, of.loss, of.grad, of.opt_state, pack(_rest(of)))
+
+
+def _rest(state: MinimiserState) -> MinimiserState:
+    """A state without what a `StepState` has by itself."""
+    return eqx.tree_at(_seen, state, (None, None, None))
 
 
 def _seen(state: MinimiserState) -> tuple[Any, Any, Any]:
     return state.loss, state.grad, state.opt_state
 
 
-def packed(spec: SolveSpec, state: SolverState) -> StepState:
-    """A state as `step` takes it."""
-    del spec
-    rest = eqx.tree_at(_seen, state.minimiser, (None, None, None))
-    return StepState(state.params, *_seen(state.minimiser), pack(rest))
-
-
 def unpacked(spec: SolveSpec, state: StepState) -> SolverState:
     """The whole of a state."""
-    del spec
     params, *seen, rest = state
+    like = jax.eval_shape(functools.partial(_start, spec), params).minimiser
+    minimiser = unpack(rest, _rest(like))
     is_none = lambda x: x is None  # noqa: E731
-    minimiser = eqx.tree_at(_seen, unpack(rest), tuple(seen), is_leaf=is_none)
+    minimiser = eqx.tree_at(_seen, minimiser, tuple(seen), is_leaf=is_none)
     return SolverState(params, minimiser)
+
+
+def _start(spec: SolveSpec, params: PyTree) -> SolverState:
+    return start(spec.optimizer, params, tests=spec.tests, history=spec.history)
 
 
 def first_state(spec: SolveSpec, params: PyTree) -> StepState:
     """The float64 point and the state before the first step."""
-    return packed(
-        spec, start(spec.optimizer, params, tests=spec.tests, history=spec.history)
-    )
+    return packed(spec, _start(spec, params))
 
 
 def interrupted(spec: SolveSpec, state: StepState) -> StepState:
