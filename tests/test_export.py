@@ -1,5 +1,6 @@
 """Solves in programs that are staged, exported, compiled ahead, or that branch."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,10 +12,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
-from jaxmf_opt import optimize
+import jaxmf_opt
+
+# Programs of it are small.
+optimize = functools.partial(jaxmf_opt.optimize, optimizer=optax.sgd(0.08))
 
 ROWS = np.arange(9, dtype=np.float32).reshape(3, 3) / 4
 WEIGHTS = np.cos(np.arange(9, dtype=np.float32)).reshape(3, 3)

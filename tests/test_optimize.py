@@ -29,7 +29,12 @@ CENTRES = jnp.array([[0.3, -1.0, 2.0], [5.0, 0.1, -4.0]])
 
 
 def minimum(start: jax.Array, centre: jax.Array) -> jax.Array:
-    return optimize(lambda y: bowl(y, centre), start)
+    return optimize(
+        lambda y: bowl(y, centre),
+        start,
+        optimizer=optax.sgd(0.005),
+        max_optimizer_steps=4000,
+    )
 
 
 STARTS = jnp.arange(6.0).reshape(2, 3)

@@ -1,7 +1,5 @@
 """Each part of the robust optimizer by its effect, and the whole."""
 
-import subprocess
-import sys
 from typing import Any
 
 import chex
@@ -436,13 +434,3 @@ class TestWhole:
             assert not optimizer.stands_still(state, update)
             moved.append(bool(jnp.any(update != 0)))
         assert moved == [False, True]
-
-    def test_equal_ones_are_one(self):
-        """(Without the checks of this suite, which wrap functions.)"""
-        program = """
-from jaxmf_opt import ROBUST_OPTIMIZER, robust
-from jaxmf_opt._solver.optimizers import optimizer_key as key
-assert key(ROBUST_OPTIMIZER) == key(robust.robust_lbfgs()) is not None
-assert key(ROBUST_OPTIMIZER) != key(robust.robust_lbfgs(memory_size=5))
-"""
-        subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,14 +1,16 @@
 """Solves under JAX's settings for debugging raise what is wrong, and nothing else."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
-from jaxmf_opt import optimize, solve, sweep
+import jaxmf_opt
 
 
 @contextlib.contextmanager
@@ -33,6 +35,12 @@ def alarm(request: pytest.FixtureRequest) -> Iterator[float]:
 def loss(x: jax.Array, c: Any = 1.0) -> jax.Array:
     return jnp.sum((x - jnp.asarray(c, x.dtype)) ** 2) + jnp.sum(x**4)
 
+
+# It is all the same to an alarm, and compiles quickly.
+PLAIN = optax.sgd(0.05)
+optimize = functools.partial(jaxmf_opt.optimize, optimizer=PLAIN)
+solve = functools.partial(jaxmf_opt.solve, optimizer=PLAIN)
+sweep = functools.partial(jaxmf_opt.sweep, optimizer=PLAIN)
 
 START = jnp.zeros(3)
 LANES = jnp.arange(2.0)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxmf_opt import optimize
@@ -32,7 +33,9 @@ def seen_by(wrap: Callable[[Any], Any], operand: Any) -> tuple[Any, list[Any]]:
             jax.debug.callback(lambda x: seen.append(x), y - THIRD)
             return square(y - THIRD - c.astype(y.dtype))
 
-        return optimize(loss, jnp.zeros_like(c), max_optimizer_steps=5)
+        return optimize(
+            loss, jnp.zeros_like(c), max_optimizer_steps=5, optimizer=optax.sgd(0.5)
+        )
 
     value = wrap(minimum)(operand)
     jax.effects_barrier()

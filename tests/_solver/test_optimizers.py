@@ -12,6 +12,7 @@ import pytest
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, optimize, solve
 from jaxmf_opt._solver.optimizers import optimizer_key
+from jaxmf_opt.robust import robust_lbfgs
 
 
 def schedule(count: jax.typing.ArrayLike) -> jax.Array:
@@ -29,6 +30,8 @@ MAKERS = {
     "zoom": lambda: optax.lbfgs(
         memory_size=2, linesearch=optax.scale_by_zoom_linesearch(9)
     ),
+    "robust": robust_lbfgs,
+    "robust, memory": lambda: robust_lbfgs(memory_size=5),
     "adam": lambda: optax.adam(1e-2),
     "other rate": lambda: optax.adam(1e-3),
     "array rate": lambda: optax.adam(jnp.array(1e-3)),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optimistix import RESULTS
 from solutions import LIMIT, NAMES, NONFINITE, OK, STAGNATION, made
@@ -151,7 +152,12 @@ class TestTable:
                 return jnp.sum(y**2)
 
             solution = sweep(
-                loss, start, hyperparams, in_axes=in_axes, max_optimizer_steps=1
+                loss,
+                start,
+                hyperparams,
+                in_axes=in_axes,
+                max_optimizer_steps=1,
+                optimizer=optax.sgd(0.1),
             )
             solution = pickle.loads(pickle.dumps(solution))
             got = dict(table(solution, hyperparams if other is None else other))
