@@ -51,12 +51,9 @@ def test_of_an_example_of_the_literature():
     ("wrong", "message"),
     [
         ({"examples": 0}, "`examples` must be a whole number above 0, got 0."),
-        ({"batch_size": 2.5}, "`batch_size` must be a whole number"),
         ({"batch_size": 1001}, "`batch_size` must be at most `examples`, 1000"),
-        ({"epochs": True}, "`epochs` must be a whole number"),
         ({"epsilon": 0.0}, "`epsilon` must be a number above 0"),
         ({"epsilon": float("inf")}, "`epsilon` must be finite"),
-        ({"delta": 0}, "`delta` must be a number above 0"),
         ({"delta": 1.0}, "`delta` must be below 1"),
     ],
 )

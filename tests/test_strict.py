@@ -22,8 +22,6 @@ from jaxmf_opt import (
 OPTIMIZERS = {
     "default": DEFAULT_OPTIMIZER,
     "robust": ROBUST_OPTIMIZER,
-    "zoom": optax.lbfgs(),
-    "adam": optax.adam(0.1),
 }
 
 

@@ -264,16 +264,13 @@ class TestEveryWay:
         assert_close(got, of_closed_form(way, loss), x64, scale=10)
 
 
-def invariant_minimum(
-    c: jax.Array, linear_solver: lx.AbstractLinearSolver | None = None
-) -> jax.Array:
+def invariant_minimum(c: jax.Array) -> jax.Array:
     """Of a loss without a scale. Its direction is `c**(1/4)`, normalised."""
 
     def loss(y: jax.Array) -> jax.Array:
         return jnp.sum(c.astype(y.dtype) / y**2) * jnp.sum(y**2)
 
-    start = jnp.ones(c.shape, c.dtype)
-    return optimize(loss, start, linear_solver=linear_solver)
+    return optimize(loss, jnp.ones(c.shape, c.dtype))
 
 
 def direction(y: jax.Array) -> jax.Array:

