@@ -1,11 +1,9 @@
 """What `test_meshes.py` checks inside a mesh: a script with a process of its own.
 
-Its argument is the type of the mesh's axis. Printed is, as JSON, for each case None or
-why it failed.
+Printed is, as JSON, for each case None or why it failed.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -86,24 +84,21 @@ def arrays_of(fn: Callable[[], Any]) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(fn())]
 
 
-# Devices, the axis over which the data is split, and which cases: None for all.
-MESHES = {
-    "Explicit": (
-        (2, "data", None),
-        (1, "data", ("jit of vmap",)),
-        (2, None, ("sweep",)),
-        (4, "data", ("callback, jit",)),
-    ),
-    "Auto": ((2, "data", ("gradient of data", "callback, jit", "sweep")),),
-}
+# The type of the axis, its devices, whether the data is split over it, and which cases:
+# None for all.
+MESHES = (
+    ("Explicit", 2, "data", None),
+    ("Explicit", 1, "data", ("jit of vmap",)),
+    ("Explicit", 2, None, ("sweep",)),
+    ("Explicit", 4, "data", ("callback, jit",)),
+    ("Auto", 2, "data", ("gradient of data", "callback, jit", "sweep")),
+)
 
 
-def main(kind: str) -> None:
-    plain, want = cases(jnp.asarray(ROWS)), dict[str, list[np.ndarray]]()
-    for name in plain if kind == "Explicit" else MESHES[kind][0][2] or ():
-        want[name] = arrays_of(plain[name])
+def main() -> None:
+    want = {name: arrays_of(fn) for name, fn in cases(jnp.asarray(ROWS)).items()}
     failures: dict[str, str | None] = {}
-    for devices, axis, names in MESHES[kind]:
+    for kind, devices, axis, names in MESHES:
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType[kind],))
         jax.set_mesh(mesh)
         rows = jax.device_put(ROWS, NamedSharding(mesh, PartitionSpec(axis)))
@@ -115,9 +110,9 @@ def main(kind: str) -> None:
                 why = None
             except Exception as e:
                 why = f"{type(e).__name__}: {e}"[:500]
-            failures[f"{name}, {axis} on {devices}"] = why
+            failures[f"{name}, {axis} on {devices}, {kind}"] = why
     print(json.dumps(failures))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

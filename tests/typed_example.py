@@ -1,7 +1,7 @@
 # pyright: reportUnknownVariableType=true, reportUnknownParameterType=true
 """A program of a user, for the type checker: the public surface as it is seen there.
 
-It is checked with the rest (`pyright`), and run by `test_typed_example.py`.
+It is checked with the rest (`pyright`).
 """
 
 from typing import NamedTuple, assert_type
