@@ -166,9 +166,9 @@ class TestAnotherProblem:
         assert failed == optx.RESULTS.nonfinite
         np.testing.assert_allclose(batch.value[0], minimum(ROWS[0], 9).value, rtol=1e-6)
 
-    @pytest.mark.parametrize("scale", [1e-8, 1e12])
-    def test_rounding_is_no_other_problem(self, scale: float):
+    def test_rounding_is_no_other_problem(self):
         """Another program for the same loss, at a minimum where digits cancel."""
+        scale = 1e12
         a, b = np.linspace(1, 2, 12).reshape(4, 3), np.arange(4.0)
 
         def residuals(y: jax.Array) -> jax.Array:
@@ -196,11 +196,10 @@ class TestSolution:
         )
         np.testing.assert_allclose(solution.value, ROWS[0], atol=1e-5)
 
-    @pytest.mark.parametrize("callback", [None, lambda _: None])
-    @pytest.mark.parametrize("way", [lambda f: f, jax.jit], ids=["eager", "jit"])
-    def test_stats_are_numbers_of_the_caller(self, way: Any, callback: Any, x64: bool):
-        more = {} if callback is None else {"callback": callback}
-        stats = way(lambda c: minimum(c, 3, **more).stats)(ROWS[0])
+    @pytest.mark.parametrize("way", ["eager with a callback", "jit"])
+    def test_stats_are_numbers_of_the_caller(self, way: str, x64: bool):
+        run = lambda c, **more: minimum(c, 3, **more).stats  # noqa: E731
+        stats = WAYS[way](run)()
         assert stats["num_steps"] == stats["max_steps"] == 3
         for name, number in stats.items():
             kind = "float" if name in ("loss", "grad_norm") else "int"

@@ -233,17 +233,18 @@ class Case:
 
 LIMIT, NONFINITE, OK = R.nonlinear_max_steps_reached, R.nonfinite, R.successful
 STUCK = R.stagnation
-# By the default optimizer, gradient descent with a fixed step, and the robust one.
+# By the default optimizer, gradient descent with a fixed step, and the robust one; by as
+# many as may differ.
 HARD = {
-    "minimum": Case(lambda y: jnp.cosh(y - 1).sum(), 0.0, OK, LIMIT, OK),
-    "minimum at the start": Case(lambda y: (y**2).sum(), 0.0, OK, OK, OK),
-    "flat": Case(lambda y: 0.0 * y.sum() + 3, 1.0, OK, OK, OK),
-    "unbounded, slowly": Case(lambda y: y.sum(), 1.0, LIMIT, LIMIT, LIMIT),
+    "minimum": Case(lambda y: jnp.cosh(y - 1).sum(), 0.0, OK, LIMIT),
+    "minimum at the start": Case(lambda y: (y**2).sum(), 0.0, OK),
+    "flat": Case(lambda y: 0.0 * y.sum() + 3, 1.0, OK),
+    "unbounded, slowly": Case(lambda y: y.sum(), 1.0, LIMIT, LIMIT),
     "unbounded, fast": Case(lambda y: -jnp.exp(y).sum(), 1.0, LIMIT, None, STUCK),
     "NaN everywhere": Case(
         lambda y: jnp.log(-1 - y**2).sum(),
         1.0,
-        *[NONFINITE] * 3,
+        *[NONFINITE] * 2,
     ),
     "infinite at the start": Case(lambda y: (1 / y).sum(), 0.0, *[NONFINITE] * 3),
     "steps out of its domain": Case(
@@ -266,8 +267,10 @@ SOLVERS: list[dict[str, Any]] = [
 
 
 class TestResult:
-    @pytest.mark.parametrize("name", HARD)
-    @pytest.mark.parametrize("solver", range(3), ids=["default", "descent", "robust"])
+    @pytest.mark.parametrize(
+        ("name", "solver"),
+        [(name, i) for name, case in HARD.items() for i in range(len(case.results))],
+    )
     def test_status_and_finite_value(self, name: str, solver: int):
         case = HARD[name]
         solution = solve(case.loss, case.start, rtol=0.0, **SOLVERS[solver])
