@@ -103,7 +103,8 @@ class Minimax(NamedTuple):
       weights: Of the losses, shape (losses,), not negative and of sum 1: the Lagrange
         multipliers, by which the weighted sum of the losses is minimal.
       gap: By how much the largest loss is above that sum. If all losses are convex, no
-        parameters have a largest loss below `loss - gap`.
+        parameters have a largest loss below `loss - gap`. Infinite if the last smooth
+        problem was not solved, because that says nothing.
       result: An `optimistix.RESULTS`. `successful`: the gap is as small as asked for,
         and the weighted sum is minimal. `nonlinear_max_steps_reached`, `stagnation`:
         it is not, or could not be said to be. `nonfinite`: losses became non-finite.
@@ -259,11 +260,12 @@ def minimax(
         is_short = (end.result == RESULTS.successful) & ~is_found(end)
         result = RESULTS.where(is_short, at_limit, end.result)
         result = RESULTS.where(jnp.isfinite(end.gap), result, nonfinite)
+        is_solved = end.result != at_limit
         return Minimax(
             jax.tree.unflatten(treedef, value),
             end.largest,
             jnp.exp(end.dual.log_weights).astype(float_dtype),
-            end.gap.astype(float_dtype),
+            jnp.where(is_solved, end.gap, jnp.inf).astype(float_dtype),
             result,
             end.num_rounds.astype(int_dtype),
             end.num_steps.astype(int_dtype),

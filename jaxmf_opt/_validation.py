@@ -76,6 +76,11 @@ def check_params(params: PyTree) -> None:
             )
         if not (jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_):
             raise TypeError(f"{where} must hold real numbers, got dtype {dtype}.")
+        if dtype.kind == "f" and dtype.itemsize > 8:
+            raise TypeError(
+                f"{where} must be of a dtype of JAX, got {dtype}. Convert it by "
+                "`x.astype(float)`."
+            )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"{where} must be real, got dtype {dtype}. Optimize the real and "

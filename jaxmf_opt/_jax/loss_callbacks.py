@@ -22,11 +22,12 @@ from .lapack import with_fresh_caches
 
 
 @functools.cache
-def _callback_primitives() -> frozenset[jex.Primitive]:
+def _callback_primitives(*, debug: bool) -> frozenset[jex.Primitive]:
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
 
     def program(x: Any) -> Any:
-        jax.debug.callback(lambda x: None, x)
+        if debug:
+            jax.debug.callback(lambda x: None, x)
         return io_callback(id, scalar, x), jax.pure_callback(id, scalar, x)
 
     closed = jax.make_jaxpr(program)(scalar)
@@ -34,11 +35,16 @@ def _callback_primitives() -> frozenset[jex.Primitive]:
     return frozenset(found)
 
 
-def has_callbacks(jaxpr: jex.Jaxpr) -> bool:
-    """Whether a program contains callbacks of the user's, however deep."""
+def has_callbacks(jaxpr: jex.Jaxpr, *, debug: bool = True) -> bool:
+    """Whether a program contains callbacks of the user's, however deep.
+
+    Args:
+      jaxpr: The program.
+      debug: Whether those of `jax.debug` count, on which no value depends.
+    """
     return any(
-        eqn.primitive in _callback_primitives()
-        or any(map(has_callbacks, jex.jaxprs_in_params(eqn.params)))
+        eqn.primitive in _callback_primitives(debug=debug)
+        or any(has_callbacks(j, debug=debug) for j in jex.jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns
     )
 
@@ -76,7 +82,7 @@ def with_all_bits(ctx: Any) -> Any:
 
         return rule
 
-    rules = tuple((p, rule_of(p)) for p in _callback_primitives())
+    rules = tuple((p, rule_of(p)) for p in _callback_primitives(debug=True))
     others = plain.override_lowering_rules or ()
     parameters = dataclasses.replace(plain, override_lowering_rules=(*rules, *others))
     module = with_fresh_caches(module, lowering_parameters=parameters)

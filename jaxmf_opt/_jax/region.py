@@ -59,7 +59,10 @@ def x64_region(
         replaces it by its body and forgets its rule.) With respect to what `fn` closes
         over it is zero. If `tangent` has a method `look`, JAX's alarms are off while
         the region is evaluated eagerly, and `look` is called with what `fn` has
-        returned where one is on.
+        returned where one is on. If `tangent` has a method `transpose`, it is that of
+        `fn` where this is linear: a function of `args`, None in the place of linear
+        ones, and of cotangents of what `fn` returns, which returns cotangents of the
+        linear ones. (The transpose of the program of `fn` would not have this rule.)
 
     Returns:
       What `fn(*args)` returns when all of JAX runs with 64-bit types.
@@ -89,7 +92,7 @@ class _Rule(NamedTuple):
       out_tree: The structure of the results.
     """
 
-    tangent: Callable[..., Any]
+    tangent: Any
     num_consts: int
     in_tree: Any
     out_tree: Any
@@ -105,6 +108,19 @@ class _Rule(NamedTuple):
             jax.tree.unflatten(self.in_tree, tangents[self.num_consts :]),
         )
         return out, self.out_tree.flatten_up_to(dots)
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the tangent has a method that does."""
+        return hasattr(self.tangent, "transpose")
+
+    def transpose(
+        self, operands: Sequence[Any], cotangents: Sequence[Any]
+    ) -> list[Any]:
+        """Cotangents of the operands that are None."""
+        args = jax.tree.unflatten(self.in_tree, operands[self.num_consts :])
+        cts = jax.tree.unflatten(self.out_tree, cotangents)
+        return jax.tree.leaves(self.tangent.transpose(*args, cts))
 
     @property
     def look(self) -> Callable[[Sequence[Array]], None] | None:
@@ -140,6 +156,33 @@ class _BatchedRule(NamedTuple):
                 axis_name=name,
                 spmd_axis_name=spmd_name,
             )(list(primals), list(tangents))
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the tangent has a method that does."""
+        return self.rule.transposes
+
+    def transpose(
+        self, operands: Sequence[Any], cotangents: Sequence[Any]
+    ) -> list[Any]:
+        """Cotangents of the operands that are None."""
+        size, name, spmd_name = self.axis
+        dims = [
+            None if x is None else d for x, d in zip(operands, self.dims, strict=True)
+        ]
+        with jax.enable_x64():
+            of_lanes = jax.vmap(
+                self.rule.transpose,
+                in_axes=(dims, 0),
+                axis_size=size,
+                axis_name=name,
+                spmd_axis_name=spmd_name,
+            )(list(operands), list(cotangents))
+            linear = [d for x, d in zip(operands, self.dims, strict=True) if x is None]
+            return [
+                jnp.sum(ct, axis=0) if d is None else jnp.moveaxis(ct, 0, d)
+                for ct, d in zip(of_lanes, linear, strict=True)
+            ]
 
     @property
     def look(self) -> Callable[[Sequence[Array]], None] | None:
@@ -293,9 +336,20 @@ ad.primitive_jvps[region_p] = _jvp
 def _transpose(
     cotangents: Sequence[Any], *args: Any, jaxpr: jex.ClosedJaxpr, rule: Any
 ) -> list[Any]:
-    del rule  # what is linear is its own derivative
-    fn = jex.jaxpr_as_fun(jaxpr)
     linear = [ad.is_undefined_primal(x) for x in args]
+    if rule is not None and rule.transposes:
+        operands = as_arrays(
+            [jnp.zeros(()) if ad.is_undefined_primal(x) else x for x in args]
+        )
+        operands = [None if lin else x for x, lin in zip(operands, linear, strict=True)]
+        cts = [
+            ad.instantiate_zeros(ct).astype(a.dtype)
+            for ct, a in zip(cotangents, jaxpr.out_avals, strict=True)
+        ]
+        it = iter(rule.transpose(operands, cts))
+        return [next(it) if lin else None for lin in linear]
+    # What is linear is its own derivative.
+    fn = jex.jaxpr_as_fun(jaxpr)
     unknown = [struct(x.aval) for x in args if ad.is_undefined_primal(x)]
     known = as_arrays([x for x in args if not ad.is_undefined_primal(x)])
     arriving = [not _is_zero(ct) for ct in cotangents]

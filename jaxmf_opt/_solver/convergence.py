@@ -113,8 +113,11 @@ def relative_gradient(
 
 
 def size_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
-    """What a difference of losses is small against: the loss, at the start at least."""
-    first = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss), 1.0)
+    """What a difference of losses is small against: the loss, at the start at least.
+
+    Where that is not known, this is the start.
+    """
+    first = jnp.abs(jnp.where(jnp.isfinite(first_loss), first_loss, loss))
     return jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
 
 

@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._jax.debugging import raise_alarm
 from .._jax.region import x64_region
+from .convergence import relative_gradient
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
 from .group_inverse import as_matrix, group_inverse, rows_of, unit
 from .linear_system import MatrixFree
@@ -40,6 +41,9 @@ from .state import SolverState
 # Up to this many parameters A is made into a matrix and factorised; above, it is only
 # multiplied. There the factorisation takes seconds, and the matrix 32 MiB.
 DIRECT_SIZE = 2048
+
+# By this a minimum shows, see `relative_gradient`.
+_FLAT = float(jnp.finfo("float64").eps) ** (1 / 3)
 
 
 def solve_in_program(
@@ -130,11 +134,15 @@ class _TangentOfSolve:
         if all(m is None for m in moves):
             return still
 
-        def tangent(y: PyTree, captured: Any, moves: Any) -> PyTree:
-            program, solver = self.program, self.linear_solver
-            return tangent_of_minimum(program, y, captured, moves, solver)
+        state = solution.state.minimiser
+        end = state.loss, state.grad, state.first_loss
 
-        dy = x64_region(tangent, solution.value, captured, moves, may_close=False)
+        def tangent(y: PyTree, captured: Any, moves: Any, end: Any) -> PyTree:
+            is_flat = relative_gradient(y, *jax.lax.stop_gradient(end)) <= _FLAT
+            program, solver = self.program, self.linear_solver
+            return tangent_of_minimum(program, y, captured, moves, solver, is_flat)
+
+        dy = x64_region(tangent, solution.value, captured, moves, end, may_close=False)
         none = lambda x: x is None  # noqa: E731
         return eqx.tree_at(lambda s: s.value, still, dy, is_leaf=none)
 
@@ -150,6 +158,7 @@ def tangent_of_minimum(
     captured: Sequence[Array],
     moves: Sequence[Array | None],
     linear_solver: lx.AbstractLinearSolver | None = None,
+    is_flat: Bool[Array, ""] | None = None,
 ) -> PyTree:
     """How the minimum moves when what the loss captures moves.
 
@@ -159,6 +168,8 @@ def tangent_of_minimum(
       captured: What it closes over.
       moves: The tangents of `captured`; None for those that have none.
       linear_solver: For the linear system; None chooses by size.
+      is_flat: Whether the gradient at `y` is as small as rounding lets one expect. By
+        default it is looked at by itself.
 
     Returns:
       The tangent of `y`, in which the result is linear.
@@ -178,6 +189,8 @@ def tangent_of_minimum(
     # (A program of another precision may hand over tangents of another type.)
     cast = lambda x, m: m.astype(x.dtype)  # noqa: E731
     rhs = linearize(of_moving, moving)(jax.tree.map(cast, moving, list(moves)))
+    if not flat.size:
+        return unravel(rhs)
 
     @jax.jit  # to be traced once
     def product(point: Any, v: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -190,8 +203,9 @@ def tangent_of_minimum(
     solve: Callable[[Any, Array], Array]
     point = (flat, list(captured))
     null, minimum = jnp.zeros_like(flat), None
+    slope = jax.lax.stop_gradient(gradient(flat, captured))
     if symmetric:
-        minimum = (flat, gradient(flat, captured))
+        minimum = (flat, slope)
         of_y = (*minimum, product(point, flat))
         null = _null_vector(*jax.lax.stop_gradient(of_y))
     if linear_solver is None and flat.size <= DIRECT_SIZE:
@@ -199,7 +213,8 @@ def tangent_of_minimum(
         matrix = as_matrix(derivative, flat.size, flat.dtype).astype(coarsest)
         if minimum is not None and coarsest != jnp.float64:
             of_matrix = (matrix.astype(flat.dtype), *minimum)
-            known = _null_of_matrix(*jax.lax.stop_gradient(of_matrix))
+            far = gradient(1e3 * flat, captured)
+            known = _null_of_matrix(*jax.lax.stop_gradient((*of_matrix, far)))
             null = jnp.where(jnp.any(null != 0), null, known)
         inverse = group_inverse(matrix, null, symmetric).astype(flat.dtype)
         system, solve = inverse, jnp.matmul
@@ -210,8 +225,15 @@ def tangent_of_minimum(
         matrix_free = MatrixFree(product, symmetric, linear_solver, flat.dtype)
         system, solve = matrix_free.look(point, null, minimum), matrix_free.solve
         rows = (system.known.mask == 0, system.known.units)
+    if is_flat is None:
+        tiny = float(jnp.finfo(coarsest).eps) ** (1 / 3)
+        is_flat = jnp.max(jnp.abs(slope)) <= tiny
     at_point = jax.lax.stop_gradient((point, system))
-    is_near = is_near_minimum(gradient, product, solve, *at_point, *rows)
+    is_near = is_near_minimum(
+        *(gradient, product, solve, *at_point, slope, *rows),
+        symmetric=symmetric,
+        is_flat=jax.lax.stop_gradient(jnp.asarray(is_flat)),
+    )
     dy = -jnp.where(is_near, 1.0, jnp.nan) * solve(system, rhs)
     # JAX knows that the slopes of a kink do not change, and drops what is times that.
     every = sum(jnp.sum(jnp.real(m)).astype(dy.dtype) for m in moves if m is not None)
@@ -245,14 +267,21 @@ def _null_vector(
 
 
 def _null_of_matrix(
-    matrix: Float[Array, "n n"], y: Float[Array, " n"], gradient: Float[Array, " n"]
+    matrix: Float[Array, "n n"],
+    y: Float[Array, " n"],
+    gradient: Float[Array, " n"],
+    far: Float[Array, " n"],
 ) -> Float[Array, " n"]:
     """The same of a whole matrix, for float32, in which a gradient is mostly rounding.
 
-    The bound is one for each element, so that it holds in all units.
+    The bound is one for each element, so that it holds in all units. Along `y` the loss
+    may also be curved a little, less than rounding shows here. Then it has a gradient a
+    thousand times as far out, `far`, where one that does not depend on the scale of `y`
+    has next to none.
     """
-    moved, most = jnp.abs(matrix @ y + gradient), jnp.abs(matrix) @ jnp.abs(y)
-    return jnp.where(jnp.all(moved <= 1e-5 * most), unit(y), 0.0)
+    most = 1e-5 * jnp.abs(matrix) @ jnp.abs(y)
+    is_free = (jnp.abs(matrix @ y + gradient) <= most) & (jnp.abs(far) <= most)
+    return jnp.where(jnp.all(is_free), unit(y), 0.0)
 
 
 def _linearize(fn: Callable[[PyTree], Array], x: PyTree) -> Callable[[PyTree], Array]:

@@ -113,7 +113,20 @@ class MatrixFree:
         return mask * moved.astype(v.dtype)
 
     def _solve(self, at: "System", b: Array) -> Array:
-        return x64_region(self._apply, at, b, may_close=False, tangent=self._tangent)
+        rule = _Rule(self)
+        return x64_region(self._apply, at, b, may_close=False, tangent=rule)
+
+    @property
+    def transposed(self) -> "MatrixFree":
+        """The same of the transposed matrices."""
+        if self.symmetric:
+            return self
+
+        def product(point: Any, v: Array) -> Array:
+            transpose = jax.linear_transpose(lambda v: self.product(point, v), v)
+            return transpose(v)[0]
+
+        return dataclasses.replace(self, product=product)
 
     def _apply(self, at: "System", b: Array) -> Array:
         floats = lambda x: x.astype(float) if eqx.is_inexact_array(x) else x  # noqa: E731
@@ -132,8 +145,8 @@ class MatrixFree:
         x = jax.lax.custom_linear_solve(product, rhs, solve, solve, self.symmetric)
         return x.astype(b.dtype)
 
-    def _tangent(self, at: "System", b: Array, x: Array, dots: Any) -> Array:
-        """As that of `group_inverse`, without the matrix."""
+    def tangent(self, at: "System", b: Array, x: Array, dots: Any) -> Array:
+        """How the solution moves: as that of `group_inverse`, without the matrix."""
 
         def tangent(at: "System", b: Array, x: Array, dots: Any) -> Array:
             dat, db = dots
@@ -154,8 +167,6 @@ class MatrixFree:
                 return jax.jvp(multiply, (moving,), (moves,))[1]
 
             rhs = rhs - move(x)
-            if self.solver is not None and self.solver.assume_full_rank():
-                return self._solve(at, rhs)
             # What is left of b is rounding, or outside of the range.
             rest = b - self._multiply(at, x)
             is_outside = jnp.linalg.norm(rest) > 1e-8 * jnp.linalg.norm(b)
@@ -267,6 +278,20 @@ class MatrixFree:
         allowed = jnp.maximum(allowed, backward * size * jnp.linalg.norm(x))
         slope = jnp.linalg.norm(jax.linear_transpose(product, x)(rest)[0])
         return (left <= allowed) | (slope <= (rtol + backward) * size * left)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """The derivative and the transpose of the solution of a linear system."""
+
+    of: MatrixFree
+
+    def __call__(self, at: "System", b: Array, x: Array, dots: Any) -> Array:
+        return self.of.tangent(at, b, x, dots)
+
+    def transpose(self, at: "System", _: None, x: Array) -> Array:
+        """What is the cotangent of the right-hand side, if `x` is of the solution."""
+        return self.of.transposed.solve(at, x)
 
 
 class _Approximation(NamedTuple):

@@ -107,11 +107,13 @@ def matches_problem(state: SolverState, loss: Float[Array, ""]) -> Bool[Array, "
       Whether it is the loss that the state remembers. Two compiled programs of one
       loss may differ in its last bits, which are last bits of larger numbers if the
       loss at the minimum is a small difference: hence the loss at the start as a scale.
+      (Of that, not of more than what rounding makes of it. What a line search has
+      stored is gone on from, so that an other problem would have the old minimum.)
     """
     of = state.minimiser
     first = jnp.where(jnp.isfinite(of.first_loss), jnp.abs(of.first_loss), 0.0)
-    scale = jnp.maximum(jnp.abs(of.last_finite.loss), first)
-    is_same = jnp.abs(loss - of.last_finite.loss) <= 1e-8 * scale + 1e-20
+    allowed = 1e-8 * jnp.abs(of.last_finite.loss) + 1e-12 * first + 1e-20
+    is_same = jnp.abs(loss - of.last_finite.loss) <= allowed
     return jnp.isnan(of.last_finite.loss) | is_same
 
 

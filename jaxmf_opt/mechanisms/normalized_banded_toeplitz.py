@@ -148,7 +148,9 @@ class NormalizedBandedToeplitz(BandedToeplitz):
 
     def _streaming_matrix(self, params: Array, scale: Array) -> Any:
         unscaled = super()._streaming_matrix(params, scale)
-        return _streaming.with_rows_scaled(unscaled, self._column_norms(params))
+        # (No noise is not to be taken for noise.)
+        factors = jnp.where(self._inside, self._column_norms(params), jnp.nan)
+        return _streaming.with_rows_scaled(unscaled, factors)
 
 
 def _rows(coef: Array, rows: Array) -> Array:

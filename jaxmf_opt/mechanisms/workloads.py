@@ -164,7 +164,9 @@ def linear_cooldown(
         f"`fraction` must be at least 0 and at most 1, got {fraction}.",
     )
     total = jnp.asarray(n, last.dtype)
-    cooling = jnp.floor(share * total)
+    # (0.58 * 50 is a little less than 29.)
+    rounding = 4 * float(jnp.finfo(last.dtype).eps)
+    cooling = jnp.floor(share * total * (1 + rounding))
     into = jnp.arange(max_n, dtype=last.dtype) - (total - cooling)
     # A single step that cools down is the last one.
     part = jnp.where(cooling > 1, into / jnp.maximum(cooling - 1, 1), into + 1)

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from .._jax.debugging import no_alarms, own_transfers
 from .._jax.keys import as_numpy
 from .._jax.lapack import evaluate_one_by_one
+from .._jax.loss_callbacks import has_callbacks
 from .._jax.staging import hoist, inside_region, struct
 from .._jax.structure import CACHE_SIZE, Structure
 
@@ -42,6 +43,8 @@ class BatchProgram:
 
     Attributes:
       structs: What it returns, per lane.
+      asks_python: Whether values are computed by Python functions, which are not told
+        apart by `digest`.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class BatchProgram:
             closed, consts = hoist(jax.make_jaxpr(flat)(*structs))
             self._consts = [_place(const, mesh) for const in consts]
             self._out_tree = out_tree
+            self.asks_python = has_callbacks(closed.jaxpr, debug=False)
             is_mapped = [False] * len(consts) + [True] * num_mapped
             is_mapped += [False] * (len(leaves) - num_mapped)
             where = tuple(const.sharding for const in self._consts)

@@ -371,11 +371,18 @@ def _identity(
     number of devices and a default width are those of the run that began.
     """
     of_device = layout.width // layout.devices
+    programs = runner.programs(of_device * runner.mesh.size)
+    if any(program.asks_python for program in programs):
+        raise ValueError(
+            "`checkpoint_dir` cannot tell whether Python functions have changed, and "
+            "`loss_fn` asks some by `jax.pure_callback` or `io_callback`. Compute in "
+            "JAX, or give a sweep only one of the two."
+        )
     return {
         # Another minor release may round otherwise, a patch release should not.
         **{name: ".".join(version(name).split(".")[:2]) for name in _COMPILERS},
         "loss, options and what all lanes share": digest_of(
-            *(p.digest for p in runner.programs(of_device * runner.mesh.size))
+            *(program.digest for program in programs)
         ),
         "what differs between lanes": digest_of(*jax.tree.leaves(lanes.mapped)),
         "lanes of this process": str(lanes.count),

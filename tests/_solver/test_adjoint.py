@@ -97,30 +97,34 @@ def test_is_the_smallest_where_the_scale_is_free(
 def test_is_right_or_nan(direct: bool, x64: bool, monkeypatch: pytest.MonkeyPatch):
     """Of matrices of all conditions; NaN where float32 cannot tell."""
     monkeypatch.setattr(implicit, "DIRECT_SIZE", 6 if direct else 0)
-    rhs = np.random.default_rng(1).normal(size=6)
+    anywhere = np.random.default_rng(1).normal(size=6)
 
     def loss(y: Any, args: Any) -> Any:
-        matrix, c = args
-        return y @ matrix @ y / 2 - c * (jnp.asarray(rhs, y.dtype) @ y)
+        matrix, rhs, c = args
+        return y @ matrix @ y / 2 - c * (rhs @ y)
 
     @jax.jit
     @jax.jacfwd
-    def derivative(c: Any, matrix: Any) -> Any:
+    def derivative(c: Any, matrix: Any, rhs: Any) -> Any:
         options: Any = {"max_steps": 3, "adjoint": ADJOINT, "throw": False}
         solver = LeanOptaxMinimiser(optax.sgd(0.1))
-        return optx.minimise(loss, solver, jnp.zeros(6), (matrix, c), **options).value
+        return optx.minimise(
+            loss, solver, jnp.zeros(6), (matrix, rhs, c), **options
+        ).value
 
     for seed, condition in itertools.product(range(3), CONDITIONS):
         matrix = jnp.asarray(quadratic(6, condition, seed), float)
-        got = derivative(jnp.array(1.0), matrix)
+        exact = np.asarray(matrix, np.float64)
+        inverse = np.linalg.pinv(exact, rcond=1e-13, hermitian=True)
+        # Of a singular one in the range, or there would be no minimum.
+        rhs = exact @ (want := inverse @ anywhere)
+        got = derivative(jnp.array(1.0), matrix, jnp.asarray(rhs, float))
         is_finite = np.isfinite(got).all()
         if x64 or condition <= 1e3:
             assert is_finite, condition
         if condition > 1e7:
             assert is_finite == x64, condition
         if is_finite:
-            exact = np.asarray(matrix, np.float64)
-            want = np.linalg.pinv(exact, rcond=1e-13, hermitian=True) @ rhs
             error = np.linalg.norm(got - want) / np.linalg.norm(want)
             allowed = 50 * float(jnp.finfo(got.dtype).eps) * min(condition, 1e10)
             assert error <= min(allowed, 0.02), condition

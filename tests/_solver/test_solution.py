@@ -233,8 +233,8 @@ class Case:
 
 LIMIT, NONFINITE, OK = R.nonlinear_max_steps_reached, R.nonfinite, R.successful
 STUCK = R.stagnation
-# By the default optimizer, gradient descent with a fixed step, and the robust one; by as
-# many as may differ.
+# By the default optimizer, gradient descent with a fixed step, and the robust one: by
+# those that may differ.
 HARD = {
     "minimum": Case(lambda y: jnp.cosh(y - 1).sum(), 0.0, OK, LIMIT),
     "minimum at the start": Case(lambda y: (y**2).sum(), 0.0, OK),
