@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from differentiating import value_beside
-from sharded_cases import DEVICES, sharded, split
+from jax.sharding import NamedSharding
+from sharded_cases import DEVICES, SPLIT, mesh, split
 
 from jaxmf_opt import CallbackArgs, optimize, traced
 
@@ -25,6 +26,10 @@ STEPS = 5
 LIMIT = 3.25
 ROWS = np.stack([np.linspace(0.25, 2.0, 8), np.linspace(1.0, -2.0, 8)], 1)
 ROWS = ROWS.astype(np.float32)
+
+
+def sharded(x: np.ndarray) -> jax.Array:
+    return jax.device_put(x, NamedSharding(mesh(), SPLIT))
 
 
 class MineError(Exception):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxmf_opt import DEFAULT_OPTIMIZER, optimize
 from jaxmf_opt._jax.region import x64_region
@@ -202,20 +202,6 @@ def communication_is_seen() -> float:
     return 0.0
 
 
-def sharded(x: np.ndarray) -> Array:
-    return jax.device_put(x, NamedSharding(mesh(), SPLIT))
-
-
-def jit_of_named_sharding() -> float:
-    out = jax.jit(jax.vmap(by_lbfgs))(sharded(ROWS))
-    return off(out, np.sin(ROWS))
-
-
-def grad_of_named_sharding() -> float:
-    grad = jax.jit(jax.grad(weighed(jax.vmap(minimum))))
-    return off(grad(sharded(ROWS)), np.cos(ROWS) * WEIGHTS)
-
-
 # Regions that have nothing to do with solving: `c` varies over the devices, `m` is the
 # same on all. Carries start from constants, which vary over nothing.
 REGIONS: dict[str, Function] = {
@@ -277,8 +263,6 @@ ONCE: tuple[Callable[[], float], ...] = (
     tangent_of_sharded,
     grad_inside,
     communication_is_seen,
-    jit_of_named_sharding,
-    grad_of_named_sharding,
 )
 CASES: dict[str, Case] = {
     **{

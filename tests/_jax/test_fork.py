@@ -1,6 +1,5 @@
 """Processes forked off one that has used JAX are refused, and do not hang."""
 
-import multiprocessing
 import os
 
 import pytest
@@ -49,19 +48,6 @@ def test_refused_after_jax_was_used_and_not_before():
     for said in after:
         assert "forked" in said
         assert "get_context('spawn')" in said
-
-
-def spawned(c: float) -> float:
-    import jax.numpy as jnp
-
-    from jaxmf_opt import solve
-
-    return float(solve(lambda y: jnp.cosh(y - c), 0.0, gtol=1e-9).value)
-
-
-def test_spawned_processes_solve():
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply_async(spawned, (2.0,)).get(120) == pytest.approx(2.0)
 
 
 def test_the_switch_of_jax_is_where_it_was():

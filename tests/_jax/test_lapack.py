@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import report_of
 
 from jaxmf_opt import jax_enable_x64, optimize, solve
 from jaxmf_opt._jax.compat import LAPACK_CAN_HANG
@@ -163,21 +162,3 @@ def test_of_dense_mechanisms_in_programs_of_the_user():
         return dense.loss_and_gradient(gram), slope, errors, noising
 
     assert not kernels_of_batches(all_of_it.lower(grams).as_text())
-
-
-# What stood still within its first call, in processes with two threads.
-STANDS_STILL = """
-import jax, jax.numpy as jnp
-from jaxmf_opt.sweeps import sweep
-jax.config.update("jax_enable_x64", True)
-A = jnp.eye(40) * 10.6
-loss = lambda X, t: jnp.sum((X - t) ** 2) + jnp.sum(jnp.linalg.inv(A + 0.1 * X))
-out = sweep(loss, jnp.zeros((40, 40)), jnp.linspace(0.1, 0.2, 8),
-            max_optimizer_steps=6, batch_size=8)
-print(out.stats["loss"].shape[0])
-"""
-
-
-@needed
-def test_a_sweep_does_not_stand_still():
-    assert report_of("-c", STANDS_STILL, timeout=60) == 8

@@ -1,4 +1,4 @@
-"""Solves and regions under `shard_map` and on sharded arrays, on four devices."""
+"""Solves and regions under `shard_map`, on four devices."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 from processes import report_of
 
 from jaxmf_opt import optimize
-from jaxmf_opt._jax import varying
 
 
 @pytest.fixture(scope="module")
@@ -25,47 +24,6 @@ def test_on_four_devices(case: str, results: dict[str, float | str]):
     result = results[case]
     assert isinstance(result, float), result
     assert result < 1e-6
-
-
-def vma_switch_is_on(check_vma: bool) -> bool:
-    """What the private switch says inside of a `shard_map`."""
-    said: list[bool] = []
-
-    def block(x: jax.Array) -> jax.Array:
-        assert varying.check_vma is not None
-        said.append(varying.check_vma.value)
-        return x
-
-    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.P("i")
-    jax.make_jaxpr(
-        jax.shard_map(
-            block, mesh=mesh, in_specs=split, out_specs=split, check_vma=check_vma
-        )
-    )(jnp.zeros(1))
-    assert len(said) == 1
-    return said[0]
-
-
-def test_private_switch_of_jax_is_where_it_was():
-    """Fails loudly when JAX moves it.
-
-    The library then still works, but `shard_map` needs check_vma=False: find the new
-    place of the switch, or say so in the documentation.
-    """
-    switch = varying.check_vma
-    assert switch is not None, "jax._src.config._check_vma is gone"
-    before = switch.value
-    assert isinstance(before, bool)
-    for setting in (False, True):
-        with switch(setting):
-            assert switch.value is setting
-        assert switch.value is before
-
-
-def test_private_switch_is_that_of_shard_map():
-    assert vma_switch_is_on(check_vma=True)
-    assert not vma_switch_is_on(check_vma=False)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

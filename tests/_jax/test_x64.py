@@ -103,11 +103,8 @@ FUNCTIONS = {
     "while": lambda a, v: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) + i, v),
 }
 TRANSFORMATIONS = {
-    "call": lambda f: f,
-    "jit": jax.jit,
     "vmap": lambda f: lambda a, v: jax.vmap(f)(a[None], v[None])[0],
     "vmap of jit": lambda f: lambda a, v: jax.vmap(jax.jit(f))(a[None], v[None])[0],
-    "jit of vmap": lambda f: lambda a, v: jax.jit(jax.vmap(f))(a[None], v[None])[0],
     "vmap, one operand": lambda f: (
         lambda a, v: jax.vmap(f, in_axes=(None, 0))(a, v[None])[0]
     ),
@@ -123,12 +120,12 @@ TRANSFORMATIONS = {
 
 
 REVERSE = ("jacrev of jit", "jit of vmap of grad")
-# Each function under every third transformation, and each transformation of a few.
+# Each function under every fourth transformation, and each transformation of a few.
 CELLS = [
     (f, t)
     for i, f in enumerate(FUNCTIONS)
     for j, t in enumerate(TRANSFORMATIONS)
-    if (i + j) % 3 == 0
+    if (i + j) % 4 == 0
     and not (f == "while" and t in REVERSE)  # JAX has no transpose of a while loop
 ]
 
@@ -172,19 +169,3 @@ def test_closed_over_tracers_are_operands():
     np.testing.assert_allclose(jax.grad(f)(2.0), 5.0)
     np.testing.assert_allclose(jax.jit(jax.grad(f))(2.0), 5.0)
     np.testing.assert_allclose(jax.vmap(f)(jnp.array([1.0, 2.0])), [5.0, 10.0])
-
-
-def test_second_derivatives():
-    def f(v: jax.Array) -> jax.Array:
-        return x64_region(lambda v: jnp.sum(jnp.sin(v) * v.sum()), v)
-
-    def plain(v: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(v) * v.sum())
-
-    v = jnp.asarray(V, jnp.float32)
-    for second in (
-        jax.hessian,
-        lambda f: jax.jacrev(jax.jacrev(f)),
-        lambda f: jax.jit(jax.hessian(f)),
-    ):
-        np.testing.assert_allclose(second(f)(v), jax.hessian(plain)(v), rtol=1e-5)
