@@ -2,7 +2,6 @@
 
 import io
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -334,17 +333,14 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "`of` must be one of grad_norm, loss, got",
     ),
     (lambda: final_loss(made([NAN]), [1]), "`solution` must have a lane whose loss is"),
-    (lambda: convergence(LANES, [1, 2]), "`values` must be a number for each of the 5"),
     (lambda: convergence(LANES, [NAN] * 5), "`values` must be finite, got [nan, nan"),
     (lambda: final_loss(made([1.0] * 2), [1, NAN]), "`values` must be finite, got [1"),
-    (lambda: heat_map(made([1.0]), [np.inf], [1]), "`x` must be finite, got [inf]."),
     (lambda: heat_map(made([1.0]), [1], 7), "`y` must be a number for each of the 1"),
     # What has no place on a logarithmic scale.
     (
         lambda: convergence(LANES, [0.0] * 5, log=True),
         "with `log`, `values` must be",
     ),
-    (lambda: final_loss(LANES, [0.0] * 5, log=True), "with `log`, `values` must be"),
     (
         lambda: heat_map(made([0.0]), [1], [1], log=True),
         "with `log`, losses must be",
@@ -372,9 +368,3 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
     needs = "`jaxmf_opt.sweeps.plots` needs matplotlib: pip install 'jaxmf_opt[plot]'"
     with pytest.raises(ModuleNotFoundError, match=re.escape(needs)):
         import_module("jaxmf_opt.sweeps.plots")
-
-
-def test_the_rest_does_without_matplotlib():
-    """Nobody else imports it."""
-    program = "import sys; sys.modules['matplotlib'] = None; import jaxmf_opt.sweeps"
-    subprocess.run([sys.executable, "-c", program], timeout=120, check=True)

@@ -143,9 +143,7 @@ class TestLanes:
         assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(got))
 
 
-# Axes of vectors, scalars, vectors and scalars. 3 lanes of 3 numbers: those along a
-# wrong axis have other values.
-AXES = [(0, None, -1, 0), (-2, None, 0, None)]
+# 3 lanes of 3 numbers: those along a wrong axis have other values.
 STARTS, CENTRES = ROWS[:3], ROWS[3:6]
 
 
@@ -158,8 +156,9 @@ class Problem(eqx.Module):
 
 
 class TestInAxes:
-    @pytest.mark.parametrize("axes", AXES)
-    def test_anywhere(self, axes: tuple[int | None, ...]):
+    def test_anywhere(self):
+        """Of vectors, scalars, vectors and scalars."""
+        axes = (0, None, -1, 0)
         arrays = (STARTS, ROWS[6], CENTRES, ROWS[6] + 1)
         pairs = [*zip(arrays, axes, strict=True)]
 
@@ -250,9 +249,9 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 
 
 class TestBatches:
-    @pytest.mark.parametrize("size", [1, 4, 100, None])
+    @pytest.mark.parametrize("size", [4, 100, None])
     def test_of_any_size(self, size: Any, generations: list[set[int]]):
-        """Of one lane, with some to fill up, of more than there are, of all."""
+        """With some to fill up, of more lanes than there are, of all."""
         options = {"optimizer": SGD, "gtol": 0.05}
         got = sweep(loss, START, ROWS[:6], batch_size=size, **options)
         want = alone(ROWS[:6], **options)
@@ -369,14 +368,11 @@ class TestResult:
             assert row(got.result, i) == status
         assert_close(got, alone(MIXED, sometimes_nan, **LIMITED))
 
-    @pytest.mark.parametrize(
-        ("first", "message"), [(-1.0, "non-finite"), (0.05, "max_opt")]
-    )
-    def test_throw(self, first: float, message: str):
+    def test_throw(self):
         """When all lanes have been solved."""
-        seen, rows = Seen(), np.array([[first], [1.0]])
+        seen, rows = Seen(), np.array([[-1.0], [1.0]])
         options = {**LIMITED, "batch_size": 1, "callback": seen, "throw": True}
-        with pytest.raises(eqx.EquinoxRuntimeError, match=message):
+        with pytest.raises(eqx.EquinoxRuntimeError, match="non-finite"):
             sweep(sometimes_nan, START, rows, **options)
         assert len(seen.lanes[1]) > 10
         assert sweep(sometimes_nan, START, rows[1:], **options).value.shape == (1, 3)
@@ -461,10 +457,9 @@ def told(infos: Sequence[CallbackArgs]) -> Any:
 
 
 class TestCallbacks:
-    @pytest.mark.parametrize("wrap", [traced, lambda fn: fn])
-    def test_beside_a_nan_lane(self, wrap: Any):
+    def test_beside_a_nan_lane(self):
         """Which goes on too, because somebody is told of its steps."""
-        options = {**LIMITED, "callback": wrap(lambda info: info.step == 4)}
+        options = {**LIMITED, "callback": lambda info: info.step == 4}
         got = sweep(sometimes_nan, START, MIXED, **options)
         np.testing.assert_array_equal(got.stats["num_steps"], 5)
         assert_close(got, alone(MIXED, sometimes_nan, **options))
