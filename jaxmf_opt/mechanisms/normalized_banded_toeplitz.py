@@ -31,13 +31,13 @@ class NormalizedBandedToeplitz(BandedToeplitz):
 
     Example:
       >>> from jaxmf_opt import ROBUST_OPTIMIZER, solve
-      >>> training = dict(min_sep=25, max_participations=4)
-      >>> mechanism = NormalizedBandedToeplitz(100, bands=20, **training)
+      >>> training = dict(min_sep=5, max_participations=4)
+      >>> mechanism = NormalizedBandedToeplitz(20, bands=4, **training)
       >>> start = mechanism.initial_params()
       >>> solution = solve(
       ...     mechanism.loss, start, optimizer=ROBUST_OPTIMIZER, rtol=1e-6
       ... )
-      >>> without = BandedToeplitz(100, bands=20, **training)
+      >>> without = BandedToeplitz(20, bands=4, **training)
       >>> bool(solution.stats["loss"] < 0.99 * without.loss(solution.value))
       True
     """
