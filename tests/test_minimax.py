@@ -168,6 +168,11 @@ def test_what_is_no_success():
         short = minimax(LITERATURE["CB2"][0], np.array([1.0, -0.1]), max_rounds=1)
         assert short.result == R.nonlinear_max_steps_reached
         assert short.num_rounds == 1
+        # Of a problem that was not solved, the weights bound nothing.
+        cosh = lambda y: jnp.cosh(y - 3) * jnp.array([1.0, 0.1])  # noqa: E731
+        unsolved = minimax(cosh, 0.0, max_rounds=2, max_optimizer_steps=1)
+        assert unsolved.result == R.nonlinear_max_steps_reached
+        assert unsolved.loss - unsolved.gap <= 1.0 < unsolved.loss
         lost = minimax(lambda y: jnp.stack([jnp.log(y), -y]), -1.0)
         assert lost.result == R.nonfinite
 

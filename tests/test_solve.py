@@ -149,6 +149,16 @@ class TestAnotherProblem:
             with pytest.raises(ValueError, match=r"`state` .* the same problem"):
                 minimum(ROWS[1], 9, state, **more)
 
+    def test_where_the_loss_has_come_down_far(self):
+        """What is small beside the loss at the start is no rounding of it."""
+
+        def run(c: float, state: Any = None) -> Any:
+            zoom, start = optax.lbfgs(memory_size=3), np.array(1e4)
+            return solve(lambda y: (y - c) ** 2, start, state=state, optimizer=zoom)
+
+        with pytest.raises(ValueError, match=r"`state` .* the same problem"):
+            run(0.9, run(0.0).state)
+
     def test_another_shape_or_optimizer(self):
         state = minimum(ROWS[0], 4).state
         with pytest.raises(ValueError, match="`state` must be that of a solve"):

@@ -65,6 +65,7 @@ TYPES: list[tuple[dict[str, Any], str]] = [
     ({"params": {"b": ["x0"]}}, "`params['b'][0]`.*'x0' of type str"),
     ({"params": [Y, jnp.tanh]}, "`params[1]`.*tanh.*equinox.partition"),
     ({"params": np.ones(2, ">f8")}, "`params`.*byte order.*'>f8'"),
+    ({"params": np.longdouble(1)}, "`params`.*dtype of JAX"),
     ({"params": BCOO.fromdense(jnp.eye(2))}, "`params`.*sparse array.*`data`"),
     ({"params": (Y, Y + 0j)}, "`params[1]`.*real.*complex128"),
     ({"params": jax.random.key(0)}, "`params`.*real numbers.*key<"),

@@ -130,6 +130,21 @@ def test_is_right_or_nan(direct: bool, x64: bool, monkeypatch: pytest.MonkeyPatc
             assert error <= min(allowed, 0.02), condition
 
 
+@pytest.mark.parametrize("curvature", [1e-2, 1e-4, 1e-6, 1e-7])
+def test_of_a_loss_that_is_soft_along_its_minimum(curvature: float):
+    """Which is not one that does not depend on the scale, though float32 shows both."""
+    u = jnp.ones(2) / 2**0.5
+    hessian = jnp.eye(2) - (1 - curvature) * jnp.outer(u, u)
+
+    def loss(y: Any, c: Any) -> Any:
+        away = y - jnp.ones(2)
+        return away @ hessian @ away / 2 - c * curvature * (away @ u)
+
+    dot = jax.jacfwd(lambda c: minimum(loss, jnp.ones(2), c))(jnp.array(0.0))
+    assert np.allclose(dot, u, rtol=2e-3) or np.isnan(dot).all()
+    assert curvature < 1e-4 or np.isfinite(dot).all()
+
+
 def test_agrees_with_optimize():
     def loss(y: Any, c: Any) -> Any:
         return jnp.sum(jnp.cosh(y - c * jnp.arange(4.0, dtype=y.dtype))) + jnp.sum(y**4)

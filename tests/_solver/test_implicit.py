@@ -321,6 +321,26 @@ class TestSingularHessian:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(np.asarray(y) @ np.asarray(got), 0.0, atol=1e-6)
 
+    @pytest.mark.parametrize("second", [jax.hessian, lambda f: jax.grad(jax.grad(f))])
+    def test_second_derivatives_without_a_matrix(self, second: Callable[..., Any]):
+        """In reverse, too. The minimum is a multiple of a unit vector that turns."""
+        e, f = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 2)))[0].T
+
+        def total(t: jax.Array) -> jax.Array:
+            def loss(y: jax.Array) -> jax.Array:
+                unit = jnp.cos(t) * e + jnp.sin(t) * f
+                return jnp.sum((direction(y) - unit.astype(y.dtype)) ** 2)
+
+            start = 2 * (np.cos(0.5) * e + np.sin(0.5) * f)
+            solver = lx.CG(rtol=1e-12, atol=1e-12)
+            options: Any = {"max_optimizer_steps": 0, "linear_solver": solver}
+            return jnp.sum(optimize(loss, jnp.asarray(start), **options))
+
+        with jax.enable_x64():
+            got = jax.jit(jax.vmap(second(total)))(jnp.array([0.5]))
+        want = -2 * np.sum(np.cos(0.5) * e + np.sin(0.5) * f)
+        np.testing.assert_allclose(got, [want], rtol=1e-9)
+
     def test_banded_toeplitz_by_the_momentum(self):
         at = point(c=MOMENTUM)
         (_, _, y), got = jax.jit(
@@ -544,6 +564,11 @@ class TestLeavesThatDoNotMove:
         assert_dtype(got["c"])
         assert got["n"].dtype == got["flag"].dtype == float0
         assert got["nothing"] is None
+
+
+def test_no_parameters():
+    none = lambda c: jnp.sum(optimize(lambda y: c + jnp.sum(y), jnp.zeros(0)))  # noqa: E731
+    assert jax.grad(none)(1.0) == 0
 
 
 class TestOneSolve:

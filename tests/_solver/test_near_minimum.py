@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import pytest
 import scipy.optimize
 
-from jaxmf_opt import optimize
+from jaxmf_opt import ROBUST_OPTIMIZER, optimize
 from jaxmf_opt._solver import implicit
 
 
@@ -91,6 +92,61 @@ def test_a_minimum_that_is_met_exactly(loss: Any, want: Any):
     c = jnp.array([0.0, 0.5])
     got = jax.jacrev(functools.partial(stay, loss, c))(c)
     np.testing.assert_array_equal(got, np.broadcast_to(want, (2, 2)))
+
+
+def test_on_a_kink_at_which_the_gradient_is_not_zero():
+    """Nothing of the Hessian shows it: that is the same on both sides."""
+
+    def lasso(c: jax.Array) -> jax.Array:
+        a = np.linspace(-1.0, 1.0, 12).reshape(4, 3) ** 3 + np.eye(4, 3)
+
+        def loss(y: jax.Array) -> jax.Array:
+            misfit = jnp.sum((a @ y - c.astype(y.dtype)) ** 2)
+            return misfit + 0.8 * jnp.sum(jnp.abs(y))
+
+        return optimize(loss, jnp.ones(3), optimizer=ROBUST_OPTIMIZER)
+
+    c = jnp.array([1.0, 0.1, -0.2, 0.0])
+    assert np.any(np.abs(lasso(c)) < 1e-6)
+    assert np.isnan(jax.jacfwd(lasso)(c)).all()
+
+
+@pytest.mark.parametrize(("n", "i"), [(7, 0), (20, 11), (300, 299)])
+def test_one_variable_among_many_that_is_far_from_its_minimum(n: int, i: int):
+    def loss(y: jax.Array, c: jax.Array) -> jax.Array:
+        others = jnp.sum(y**2) - y[i] ** 2
+        return others / 2 + jnp.cosh(y[i]) - c[0] * y[i]
+
+    start = jnp.zeros(n).at[i].set(1.0)
+    got = jax.jacrev(functools.partial(stay, loss, start))(jnp.zeros(1))
+    assert np.isnan(got).all()
+
+
+@pytest.mark.parametrize("solver", [None, lx.GMRES(1e-10, 1e-10)])
+def test_a_rule_for_a_gradient_that_is_none(solver: Any):
+    """Its Jacobian is not symmetric, which only `grad=True` lets one expect."""
+    scale, hessian = jnp.array([1.0, 0.5]), np.array([[2.0, 1.0], [1.0, 3.0]])
+
+    @jax.custom_vjp
+    def scaled_back(y: jax.Array) -> jax.Array:
+        return y
+
+    scaled_back.defvjp(
+        lambda y: (y, None), lambda _, ct: (scale.astype(ct.dtype) * ct,)
+    )
+
+    def minimum(c: jax.Array) -> jax.Array:
+        def loss(y: jax.Array) -> jax.Array:
+            y = scaled_back(y)
+            return y @ hessian @ y / 2 - c.astype(y.dtype) @ y
+
+        options: Any = {"optimizer": optax.sgd(0.3), "linear_solver": solver}
+        return optimize(loss, jnp.zeros(2), **options)
+
+    c = jnp.array([1.0, 2.0])
+    want = np.linalg.inv(hessian)
+    np.testing.assert_allclose(minimum(c), want @ c, rtol=1e-5)
+    assert np.isnan(jax.jacrev(minimum)(c)).all()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 30])

@@ -333,6 +333,24 @@ class TestResult:
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_success_is_one_in_all_units_of_the_loss():
+    """In small ones too, where nothing is known yet but that the gradient is small."""
+    centre = np.array([1.0, 2.0])
+
+    def loss(y: Any, unit: Any) -> Any:
+        return unit * jnp.sum((y - centre) ** 2 + (y - centre) ** 4)
+
+    def one(unit: Any) -> Any:
+        return solve(loss, np.array([3.0, -1.0]), unit, optimizer=ZOOM)
+
+    with jax.enable_x64():
+        units = 10.0 ** np.arange(-120, 121, 5)
+        batch = jax.jit(jax.vmap(one))(units)
+    is_right = np.abs(np.asarray(batch.value) - centre).max(axis=1) < 1e-6
+    assert np.all(is_right | (batch.result != OK)), units[~is_right]
+    assert np.all(is_right[units > 1e-16])
+
+
 class TestThrow:
     def test_eager(self):
         with pytest.raises(eqx.EquinoxRuntimeError, match="max_optimizer_steps"):

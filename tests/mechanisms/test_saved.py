@@ -106,6 +106,14 @@ def test_there_is_no_noise_after_the_last_step(m: Any):
     assert np.isfinite(got[:15]).all() and np.isnan(got[15]).any()
 
 
+def test_there_is_none_after_the_last_of_fewer_steps_than_there_might_be():
+    """Noise that is 0 would be taken for noise."""
+    n, coef = jnp.array(6), np.ones(12)
+    m = NormalizedBandedToeplitz(n, 3, workload_coef=coef, min_sep=3)
+    got = m.streaming_matrix(m.initial_params()).materialize(9)
+    assert np.isfinite(got[:6]).all() and np.isnan(got[6:]).any(axis=1).all()
+
+
 @pytest.mark.parametrize("kind", ["banded", "buffered", "dense"])
 def test_noise_in_training_has_the_promised_covariance(kind: str):
     """By jax-privacy's own noise, of pytrees in the dtypes of gradients."""

@@ -73,6 +73,8 @@ class TestSchedules:
             (12, 0.1, 1, 0.2),  # 1.2, rounded down: only the last step
             (7, 1.0, 7, 3.0),
             (7, 0.3, 2, 0.0),
+            (10, 0.7, 7, 0.2),
+            (9, 1 - 2 / 9, 7, 0.2),  # a little less than 7
             (1, 1.0, 1, 0.2),
         ],
     )

@@ -331,6 +331,25 @@ class TestOtherSweep:
         assert "differs in: jaxlib (there" in self.assert_refused(rich)
 
 
+def test_what_python_computes_is_refused(tmp_path: Path):
+    """It may be something else the next time; what is only printed may not."""
+
+    def loss(y: jax.Array, c: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda x: None, c)
+        if asks:
+            like = jax.ShapeDtypeStruct((), c.dtype)
+            c = jax.pure_callback(np.cos, like, c, vmap_method="sequential")
+        return jnp.sum((y - c) ** 2)
+
+    directory: Any = {"checkpoint_dir": tmp_path, "optimizer": optax.sgd(0.5)}
+    asks = True
+    with pytest.raises(ValueError, match="cannot tell whether Python functions have"):
+        sweep(loss, np.zeros(2), np.arange(3.0), **directory)
+    assert not any(path.is_file() for path in tmp_path.rglob("*.npz"))
+    asks = False
+    sweep(loss, np.zeros(2), np.arange(3.0), **directory)
+
+
 class TestElsewhere:
     """A directory that was begun with other cores or devices."""
 
