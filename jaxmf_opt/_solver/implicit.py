@@ -197,6 +197,14 @@ def tangent_of_minimum(
         x, captured = point
         return linearize(lambda x: gradient(x, captured), x)(v)
 
+    def mixed(point: Any) -> Float[Array, " n"]:
+        x, captured = point
+        moving, still = eqx.partition(captured, is_moving)
+        fn = lambda moving: gradient(x, eqx.combine(moving, still))  # noqa: E731
+        in_proportion = lambda x: jnp.where(x == 0, 1, x).astype(x.dtype)  # noqa: E731
+        along = jax.tree.map(in_proportion, moving)
+        return linearize(fn, moving)(along)
+
     # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
     symmetric = not program.has_grad
     system: Any
@@ -230,7 +238,7 @@ def tangent_of_minimum(
         is_flat = jnp.max(jnp.abs(slope)) <= tiny
     at_point = jax.lax.stop_gradient((point, system))
     is_near = is_near_minimum(
-        *(gradient, product, solve, *at_point, slope, *rows),
+        *(gradient, product, mixed, solve, *at_point, slope, *rows),
         symmetric=symmetric,
         is_flat=jax.lax.stop_gradient(jnp.asarray(is_flat)),
     )

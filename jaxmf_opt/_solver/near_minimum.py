@@ -1,7 +1,7 @@
 """Whether a point is so near to a minimum that its Hessian is that of the minimum."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ _MOST_CHANGE = 0.03
 def is_near_minimum(
     gradient: Callable[[Array, Any], Array],
     product: Callable[[Any, Array], Array],
+    mixed: Callable[[Any], Array],
     solve: Callable[[Any, Array], Array],
     point: tuple[Float[Array, " n"], Any],
     system: Any,
@@ -30,10 +31,11 @@ def is_near_minimum(
     """Whether the derivative is that of the minimum, as far as can be seen from `y`.
 
     A step of Newton's method leads nearer to the minimum, and so to smaller gradients:
-    on a kink it does not. If it changes the Hessian by so much that the solutions of
-    linear systems change, they are not what they would be at the minimum. At a coarse
-    minimum of a loss with a symmetry that is so: what would be 0 there is about as
-    large as the gradient here, and its inverse is taken.
+    on a kink it does not. If it changes the linear system of the derivative, its matrix
+    or its right-hand side, by so much that solutions change, they are not what they
+    would be at the minimum. At a coarse minimum of a loss with a symmetry that is so:
+    what would be 0 there is about as large as the gradient here, and its inverse is
+    taken.
 
     A row of zeros has to be that of a variable that is in nothing, and not of x**4 at 0
     or of a kink: then there is no gradient at its other values either.
@@ -41,6 +43,7 @@ def is_near_minimum(
     Args:
       gradient: Of the variables and what the loss captures.
       product: The Hessian at such a point, times a vector.
+      mixed: How the gradient at such a point moves with what the loss captures.
       solve: The solution, of a system and a right-hand side.
       point: `y`, and what the loss captures.
       system: That with the Hessian there.
@@ -75,25 +78,51 @@ def is_near_minimum(
     slope = jnp.where(is_rounding, 0.0, slope)
     is_flat = is_flat | is_rounding
 
-    def once(b: Array, is_first: Array) -> tuple[Array, tuple[Array, Array]]:
+    of_m = mixed(point)
+
+    def once(carry: _Carry, turn: Array) -> tuple[_Carry, Array]:
+        b, found = carry
         x = solve(system, b)
 
-        def look() -> tuple[Array, Array]:
+        def look() -> _Carry:
             there = y + jnp.where(is_absent, nudge, x)
             slope_there = gradient(there, captured)
             rest = jnp.where(is_absent, 0.0, units * slope_there)
             is_lower = norm(rest) <= 0.1 * norm(units * slope)
             is_free = jnp.all(~is_absent | (slope_there == 0))
-            change = product((there, captured), v) - of_v
-            return change, is_free & (is_flat | is_lower)
+            of_there = product((there, captured), v), mixed((there, captured))
+            changes = (of_there[0] - of_v, of_there[1] - of_m)
+            return of_m, _Found(*changes, is_free & (is_flat | is_lower))
 
-        def done() -> tuple[Array, Array]:
-            return b, jnp.all(b == b)  # (that varies over devices as the other does)
+        def compare() -> _Carry:
+            # (A derivative that is small beside the minimum may well be rounding.)
+            largest = jnp.max(jnp.maximum(jnp.abs(x), jnp.abs(y)) / units)
+            part = jnp.where(is_flat | (largest == 0), 0.0, size_of_v / largest)
+            return found.of_v + part * found.of_m, found
 
-        change, is_free = cond(is_first, look, done)
-        return change, (x, is_free)
+        return cond(turn == 0, look, compare), x
 
-    # (A loop of two turns, to be compiled once.)
-    _, ((_, moved), is_free) = jax.lax.scan(once, -slope, jnp.array([True, False]))
-    most = _MOST_CHANGE * jnp.mean(jnp.abs(probe))
-    return is_right & jnp.all(is_free) & jnp.all(jnp.abs(moved / units) <= most)
+    # (A loop of three turns, to be compiled once. What is carried varies over devices
+    # as the gradient does.)
+    size_of_v, zero = jnp.mean(jnp.abs(probe)), 0.0 * slope
+    first = -slope, _Found(zero, zero, jnp.all(zero == 0))
+    (_, found), (_, _, moved) = jax.lax.scan(once, first, jnp.arange(3))
+    is_close = jnp.all(jnp.abs(moved / units) <= _MOST_CHANGE * size_of_v)
+    return is_right & found.is_right & is_close
+
+
+class _Found(NamedTuple):
+    """What one step of Newton's method shows.
+
+    Attributes:
+      of_v: What it changes of the Hessian times a vector.
+      of_m: What it changes of how the gradient depends on the captured values.
+      is_right: Whether the gradient is smaller there, where it has to be.
+    """
+
+    of_v: Float[Array, " n"]
+    of_m: Float[Array, " n"]
+    is_right: Bool[Array, ""]
+
+
+_Carry: TypeAlias = tuple[Array, _Found]

@@ -1,6 +1,7 @@
 """The derivative of a minimum, by every transformation and for every kind of loss."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -485,7 +486,7 @@ class TestLinearSolver:
         assert f"{n}x{n}" not in lowered.as_text()
         compiled_text = lowered.compile().as_text()
         assert compiled_text is not None
-        assert "callback" not in compiled_text
+        assert not re.search('custom_call_target="[^"]*callback', compiled_text)
 
     def test_a_cotangent_outside_of_the_range(self, never_direct: None):
         """The length of the minimum does not move, and no solver goes astray."""
@@ -606,8 +607,9 @@ class TestOneSolve:
             assert plain >= steps
             derivative = jax.grad(lambda c, solve=solve: jnp.sum(solve(c)))
             extra.append(executed(jax.jit(derivative)) - plain)
-        # One pass through the linear system, of 2 parameters and 2 right-hand sides.
-        assert 0 < extra[0] == extra[1] <= 8
+        # One pass through the linear system, of 2 parameters and 2 right-hand sides,
+        # and a look at it from where a step of Newton's method leads.
+        assert 0 < extra[0] == extra[1] <= 10
         assert traces < 20
 
 

@@ -122,6 +122,17 @@ def test_one_variable_among_many_that_is_far_from_its_minimum(n: int, i: int):
     assert np.isnan(got).all()
 
 
+def test_the_right_hand_side_is_that_of_the_minimum_too():
+    """Here the Hessian is the same everywhere, and the minimum where it always is."""
+
+    def loss(y: jax.Array, c: jax.Array) -> jax.Array:
+        return jnp.sum((1 + c) * (y - 1.0) ** 2) / 2
+
+    for y, want in ((0.4, np.nan), (1 - 1e-9, 0.0), (1.0, 0.0)):
+        got = jax.jacfwd(functools.partial(stay, loss, jnp.array([y])))(jnp.zeros(1))
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 @pytest.mark.parametrize("solver", [None, lx.GMRES(1e-10, 1e-10)])
 def test_a_rule_for_a_gradient_that_is_none(solver: Any):
     """Its Jacobian is not symmetric, which only `grad=True` lets one expect."""
