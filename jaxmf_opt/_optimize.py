@@ -37,7 +37,7 @@ def optimize(
     The result can be differentiated, in forward and reverse mode and repeatedly, with
     respect to whatever floating-point values the loss closes over: by the implicit
     function theorem. It is NaN where the solve has ended so far from a minimum that the
-    Hessian there is another one. Of a minimum that is not unique, as that of a loss
+    linear system is another one there, and on kinks. Of a minimum that is not unique, as that of a loss
     that does not depend on the scale of its parameters, the derivative is the one of
     smallest norm. With respect to the starting point, the tolerances and the optimizer
     it is zero.
@@ -48,7 +48,8 @@ def optimize(
         its gradient, which has the structure and shapes of the parameters.
       params: The starting point: a pytree of real arrays or numbers of any shapes and
         dtypes. They are cast to float64 inside and cast back on return, leaf by leaf:
-        integer leaves are optimized as reals and rounded toward zero in the end.
+        integer leaves are optimized as reals and rounded toward zero in the end, to the
+        nearest number that their dtype has.
       max_optimizer_steps: The (maximum) number of optimization steps.
       grad: Whether `loss_fn` returns its gradient too. That gradient is used wherever
         one is needed. It need not be the true one: it may be a projection, for example.

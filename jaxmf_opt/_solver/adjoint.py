@@ -25,7 +25,8 @@ class MinimumNormAdjoint(optx.AbstractAdjoint):
     linear system that it solves: it scales the variables, takes the solution of
     smallest norm where the loss does not depend on the scale of its parameters or not
     on some of them at all, and is NaN where the system was not solved, or where one
-    more step, of Newton's method, would change solutions of it by more than 3%.
+    more step, of Newton's method, would change solutions of it by more than 3%, or
+    would not lead to a smaller gradient.
 
     It computes in the precision of the program around it. In a float32 program (or with
     lower precision) a Hessian with a condition of more than about 1e4 cannot be told

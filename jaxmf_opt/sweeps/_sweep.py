@@ -113,7 +113,8 @@ def sweep(
         are the same; else they may differ as the results of any two programs that XLA
         rounds differently. (XLA splits single large operations, such as products of
         large matrices, over cores: then their number is part of that.) Another minor
-        release of JAX, or another platform, is refused.
+        release of JAX, or another platform, is refused; so are values that a loss asks
+        of Python functions, which may be other ones the next time.
       keep_states: Whether the solution has the state of each lane, which is most of its
         size. Without, `state` is None.
       max_optimizer_steps: As in `solve`.
