@@ -37,10 +37,10 @@ def optimize(
     The result can be differentiated, in forward and reverse mode and repeatedly, with
     respect to whatever floating-point values the loss closes over: by the implicit
     function theorem. It is NaN where the solve has ended so far from a minimum that the
-    linear system is another one there, and on kinks. Of a minimum that is not unique, as that of a loss
-    that does not depend on the scale of its parameters, the derivative is the one of
-    smallest norm. With respect to the starting point, the tolerances and the optimizer
-    it is zero.
+    linear system is another one there, and on kinks. Of a minimum that is not unique,
+    as that of a loss that does not depend on the scale of its parameters, the
+    derivative is the one of smallest norm. With respect to the starting point, the
+    tolerances and the optimizer it is zero.
 
     Args:
       loss_fn: Takes parameters as float64 arrays, returns a real scalar. It may close
