@@ -68,10 +68,11 @@ def is_near_minimum(
     norm, eps = jnp.linalg.norm, float(jnp.finfo(y.dtype).eps)
     is_right = jnp.array(True)
     if symmetric:
+        # (To what a loss that computes in float32 inside can be.)
         of_w = product(point, w)
         apart = jnp.abs(v @ of_w - w @ of_v)
         most = norm(units * of_v) * norm(other) + norm(units * of_w) * norm(probe)
-        is_right = apart <= eps**0.5 * most
+        is_right = apart <= eps ** (1 / 3) * most
     # What rounding leaves of a gradient is in no range.
     size = norm(units * of_v) / norm(probe)
     is_rounding = norm(units * slope) <= 500 * eps * size * norm(y / units)
