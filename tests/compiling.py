@@ -24,6 +24,11 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def calls_host(program: str) -> bool:
+    """Whether an optimized program calls Python."""
+    return re.search('custom_call_target="[^"]*callback', program) is not None
+
+
 def loops_around(op: str, program: str) -> set[int]:
     """In how many loops each occurrence of an operation is.
 
