@@ -337,11 +337,10 @@ def _transpose(
     cotangents: Sequence[Any], *args: Any, jaxpr: jex.ClosedJaxpr, rule: Any
 ) -> list[Any]:
     linear = [ad.is_undefined_primal(x) for x in args]
+    known = as_arrays([x for x in args if not ad.is_undefined_primal(x)])
     if rule is not None and rule.transposes:
-        operands = as_arrays(
-            [jnp.zeros(()) if ad.is_undefined_primal(x) else x for x in args]
-        )
-        operands = [None if lin else x for x, lin in zip(operands, linear, strict=True)]
+        it = iter(known)
+        operands = [None if lin else next(it) for lin in linear]
         cts = [
             ad.instantiate_zeros(ct).astype(a.dtype)
             for ct, a in zip(cotangents, jaxpr.out_avals, strict=True)
@@ -351,7 +350,6 @@ def _transpose(
     # What is linear is its own derivative.
     fn = jex.jaxpr_as_fun(jaxpr)
     unknown = [struct(x.aval) for x in args if ad.is_undefined_primal(x)]
-    known = as_arrays([x for x in args if not ad.is_undefined_primal(x)])
     arriving = [not _is_zero(ct) for ct in cotangents]
 
     def pull_back(*operands: Array) -> Any:

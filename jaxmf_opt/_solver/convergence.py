@@ -112,6 +112,14 @@ def relative_gradient(
     return slope / size_of_loss(loss, first_loss)
 
 
+def looks_flat(
+    y: PyTree, loss: Scalar, grad: PyTree, first_loss: Scalar
+) -> Bool[Array, ""]:
+    """Whether a gradient is as small as at a minimum: see `relative_gradient`."""
+    steepness = relative_gradient(y, loss, grad, first_loss)
+    return steepness <= float(jnp.finfo(steepness.dtype).eps) ** (1 / 3)
+
+
 def size_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
     """What a difference of losses is small against: the loss, at the start at least.
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._jax.debugging import raise_alarm
 from .._jax.region import x64_region
-from .convergence import relative_gradient
+from .convergence import looks_flat
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
 from .group_inverse import as_matrix, group_inverse, rows_of, unit
 from .linear_system import MatrixFree
@@ -41,9 +41,6 @@ from .state import SolverState
 # Up to this many parameters A is made into a matrix and factorised; above, it is only
 # multiplied. There the factorisation takes seconds, and the matrix 32 MiB.
 DIRECT_SIZE = 2048
-
-# By this a minimum shows, see `relative_gradient`.
-_FLAT = float(jnp.finfo("float64").eps) ** (1 / 3)
 
 
 def solve_in_program(
@@ -138,7 +135,7 @@ class _TangentOfSolve:
         end = state.loss, state.grad, state.first_loss
 
         def tangent(y: PyTree, captured: Any, moves: Any, end: Any) -> PyTree:
-            is_flat = relative_gradient(y, *jax.lax.stop_gradient(end)) <= _FLAT
+            is_flat = looks_flat(y, *jax.lax.stop_gradient(end))
             program, solver = self.program, self.linear_solver
             return tangent_of_minimum(program, y, captured, moves, solver, is_flat)
 
@@ -183,12 +180,22 @@ def tangent_of_minimum(
         return ravel_pytree(program.gradient(unravel(flat), captured))[0]
 
     is_moving = [m is not None for m in moves]
-    moving, still = eqx.partition(list(captured), is_moving)
-    of_moving = lambda moving: gradient(flat, eqx.combine(moving, still))  # noqa: E731
     linearize = _linearize_in_reverse if program.reverse_only else _linearize
-    # (A program of another precision may hand over tangents of another type.)
-    cast = lambda x, m: m.astype(x.dtype)  # noqa: E731
-    rhs = linearize(of_moving, moving)(jax.tree.map(cast, moving, list(moves)))
+
+    def mixed(point: Any, moves: Sequence[Array | None]) -> Float[Array, " n"]:
+        x, captured = point
+        moving, still = eqx.partition(captured, is_moving)
+        fn = lambda moving: gradient(x, eqx.combine(moving, still))  # noqa: E731
+        # (A program of another precision may hand over tangents of another type.)
+        cast = lambda x, m: m.astype(x.dtype)  # noqa: E731
+        return linearize(fn, moving)(jax.tree.map(cast, moving, list(moves)))
+
+    def mixed_in_proportion(point: Any) -> Float[Array, " n"]:
+        both = zip(point[1], is_moving, strict=True)
+        return mixed(point, [jnp.where(x == 0, 1, x) if m else None for x, m in both])
+
+    point = (flat, list(captured))
+    rhs = mixed(point, moves)
     if not flat.size:
         return unravel(rhs)
 
@@ -197,19 +204,10 @@ def tangent_of_minimum(
         x, captured = point
         return linearize(lambda x: gradient(x, captured), x)(v)
 
-    def mixed(point: Any) -> Float[Array, " n"]:
-        x, captured = point
-        moving, still = eqx.partition(captured, is_moving)
-        fn = lambda moving: gradient(x, eqx.combine(moving, still))  # noqa: E731
-        in_proportion = lambda x: jnp.where(x == 0, 1, x).astype(x.dtype)  # noqa: E731
-        along = jax.tree.map(in_proportion, moving)
-        return linearize(fn, moving)(along)
-
     # A Hessian is symmetric, the Jacobian of a user's gradient need not be.
     symmetric = not program.has_grad
     system: Any
     solve: Callable[[Any, Array], Array]
-    point = (flat, list(captured))
     null, minimum = jnp.zeros_like(flat), None
     slope = jax.lax.stop_gradient(gradient(flat, captured))
     if symmetric:
@@ -238,7 +236,7 @@ def tangent_of_minimum(
         is_flat = jnp.max(jnp.abs(slope)) <= tiny
     at_point = jax.lax.stop_gradient((point, system))
     is_near = is_near_minimum(
-        *(gradient, product, mixed, solve, *at_point, slope, *rows),
+        *(gradient, product, mixed_in_proportion, solve, *at_point, slope, *rows),
         symmetric=symmetric,
         is_flat=jax.lax.stop_gradient(jnp.asarray(is_flat)),
     )

@@ -62,7 +62,8 @@ class MatrixFree:
 
     def solve(self, system: "System", b: Float[Array, " n"]) -> Float[Array, " n"]:
         """`A# b`, or NaN where it was not reached; differentiable in both."""
-        return self._solve(system, b)
+        rule = _Rule(self)
+        return x64_region(self._apply, system, b, may_close=False, tangent=rule)
 
     def look(
         self,
@@ -112,10 +113,6 @@ class MatrixFree:
         moved = self.product(at.point, (mask * v).astype(self.dtype))
         return mask * moved.astype(v.dtype)
 
-    def _solve(self, at: "System", b: Array) -> Array:
-        rule = _Rule(self)
-        return x64_region(self._apply, at, b, may_close=False, tangent=rule)
-
     @property
     def transposed(self) -> "MatrixFree":
         """The same of the transposed matrices."""
@@ -138,12 +135,8 @@ class MatrixFree:
         def product(v: Array) -> Array:
             return project(self._multiply(at, project(v)))
 
-        def solve(product: Callable[[Array], Array], b: Array) -> Array:
-            return project(self._solve_scaled(product, at.known, project(b)))
-
-        rhs = b.astype(float)
-        x = jax.lax.custom_linear_solve(product, rhs, solve, solve, self.symmetric)
-        return x.astype(b.dtype)
+        x = self._solve_scaled(product, at.known, project(b.astype(float)))
+        return project(x).astype(b.dtype)
 
     def tangent(self, at: "System", b: Array, x: Array, dots: Any) -> Array:
         """How the solution moves: as that of `group_inverse`, without the matrix."""
@@ -152,7 +145,7 @@ class MatrixFree:
             dat, db = dots
             rhs = jnp.zeros_like(b) if db is None else db
             if not jax.tree.leaves(dat.point):
-                return self._solve(at, rhs)
+                return self.solve(at, rhs)
 
             def move(v: Array) -> Array:
                 leaves, treedef = jax.tree.flatten(at.point)
@@ -170,11 +163,11 @@ class MatrixFree:
             # What is left of b is rounding, or outside of the range.
             rest = b - self._multiply(at, x)
             is_outside = jnp.linalg.norm(rest) > 1e-8 * jnp.linalg.norm(b)
-            rhs = rhs + self._solve(at, move(jnp.where(is_outside, rest, 0.0)))
-            null = move(self._solve(at, x))
+            rhs = rhs + self.solve(at, move(jnp.where(is_outside, rest, 0.0)))
+            null = move(self.solve(at, x))
             # (One solve does for both.)
             null_in_range = without_null(self._multiply(at, null), at.known.null)
-            return null + self._solve(at, rhs - null_in_range)
+            return null + self.solve(at, rhs - null_in_range)
 
         return x64_region(tangent, at, b, x, dots, may_close=False)
 

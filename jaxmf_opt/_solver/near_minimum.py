@@ -68,7 +68,7 @@ def is_near_minimum(
     norm, eps = jnp.linalg.norm, float(jnp.finfo(y.dtype).eps)
     is_right = jnp.array(True)
     if symmetric:
-        # (To what a loss that computes in float32 inside can be.)
+        # (As far as a loss that computes in float32 inside can be.)
         of_w = product(point, w)
         apart = jnp.abs(v @ of_w - w @ of_v)
         most = norm(units * of_v) * norm(other) + norm(units * of_w) * norm(probe)

@@ -108,7 +108,7 @@ def matches_problem(state: SolverState, loss: Float[Array, ""]) -> Bool[Array, "
       loss may differ in its last bits, which are last bits of larger numbers if the
       loss at the minimum is a small difference: hence the loss at the start as a scale.
       (Of that, not of more than what rounding makes of it. What a line search has
-      stored is gone on from, so that an other problem would have the old minimum.)
+      stored is gone on from, so that another problem would have the old minimum.)
     """
     of = state.minimiser
     first = jnp.where(jnp.isfinite(of.first_loss), jnp.abs(of.first_loss), 0.0)

@@ -16,7 +16,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Int, PyTree, Scalar, Shaped
 
-from .convergence import relative_gradient, size_of_loss
+from .convergence import looks_flat, size_of_loss
 from .optimizers import DEFAULT_OPTIMIZER, optimizer_key
 from .state import SolverState
 
@@ -94,9 +94,7 @@ def stalled_at_minimum(
       it does not stand still.
     """
     y, state = end.params, end.minimiser
-    steepness = relative_gradient(y, state.loss, state.grad, state.first_loss)
-    eps = float(jnp.finfo(steepness.dtype).eps)
-    is_flat = state.stalled & (steepness <= eps ** (1 / 3))
+    is_flat = looks_flat(y, state.loss, state.grad, state.first_loss) & state.stalled
     flat, unravel = ravel_pytree(y)
     slope, _ = ravel_pytree(state.grad)
     size = jnp.linalg.norm(flat)
@@ -108,6 +106,7 @@ def stalled_at_minimum(
 
     relative = jnp.abs(flat) / size
     directions = jnp.stack([normed(slope), relative * normed(relative * slope)])
+    eps = float(jnp.finfo(state.loss.dtype).eps)
     noise = eps**0.75 * size_of_loss(state.loss, state.first_loss)
 
     def goes_on(carry: tuple[Array, Array]) -> Array:
