@@ -117,7 +117,8 @@ def solve(
       * `state`: a `SolverState`, to go on from. Its floats are float64.
       * `aux`: with `has_aux`, what `loss_fn` returns beside the loss at `value`.
 
-      Only `value` has a derivative, and `aux` through it.
+      Derivatives are those of the minimum: `value` has one, and so have the loss there
+      (`loss`, and in `stats`) and `aux`. All else is constant to JAX.
 
     Raises:
       TypeError: If an argument is of the wrong kind.

@@ -239,15 +239,24 @@ def _of_closed_form(rng: Rng, setting: _Setting) -> _Case:
         and "cond" not in problem.name
     )
 
+    least = problem.least
+    plus_loss = least is not None and not is_bilevel and rng.random() < 0.25
+
+    def with_loss(c: Any) -> Any:
+        assert least is not None
+        return problem.closed_form(c) + least(c)
+
     def check() -> tuple[str | None, str | None]:
         single = _is_single(setting, asked)
-        f, closed = options.minimum(problem, asked), problem.closed_form
+        f = options.minimum(problem, asked, plus_loss=plus_loss)
+        closed = problem.closed_form
         plain = _in_float64(jax.jit(closed), values)
         wrong, skipped, error = _plain_answer(problem, asked, c, plain, single)
         if wrong or skipped:
             return wrong, skipped
         if is_bilevel:
             return _check_bilevel(f, closed, c, values, ways, single)
+        closed = with_loss if plus_loss else closed
         with _direct_size(asked):
             got = nested(f, ways, Traced)(c)
         with jax.enable_x64():
@@ -260,6 +269,7 @@ def _of_closed_form(rng: Rng, setting: _Setting) -> _Case:
 
     names = " > ".join(way.name for way in ways)
     names = f"bilevel > {names}" if is_bilevel else names
+    names = f"{names}, with the loss" if plus_loss else names
     return _Case(f"{problem.name}; {asked.name}; {names}", check)
 
 

@@ -331,10 +331,16 @@ def solve(problem: Problem, options: Options, c: Any) -> Any:
     return call(**settings, state=first.state)
 
 
-def minimum(problem: Problem, options: Options) -> Callable[[Any], Any]:
-    """The function of `c` that a case is about."""
+def minimum(
+    problem: Problem, options: Options, *, plus_loss: bool = False
+) -> Callable[[Any], Any]:
+    """The function of `c` that a case is about, perhaps with the loss there added."""
 
     def fn(c: Any) -> Any:
+        if plus_loss:
+            solution = solve(problem, options, c)
+            result = problem.read(options.layout.unpack(solution.value, c.dtype))
+            return result + solution.loss.astype(result.dtype)
         if options.full_answer:
             value = solve(problem, options, c).value
         else:

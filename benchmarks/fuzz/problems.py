@@ -30,6 +30,7 @@ class Problem:
       loss: The loss of `y` and `c`, or with `grad` a pair with the gradient.
       read: The result, of a minimum in `y`.
       closed_form: The result, of `c`.
+      least: The loss there, of `c`; None where it is not known.
       grad: Whether the loss returns its gradient.
       symmetric: Whether the gradient is that of the loss.
       regular: Whether the minimum is unique.
@@ -45,6 +46,7 @@ class Problem:
     loss: Callable[[Any, Any], Any]
     read: Callable[[Any], Any]
     closed_form: Callable[[Any], Any]
+    least: Callable[[Any], Any] | None = None
     grad: bool = False
     symmetric: bool = True
     regular: bool = True
@@ -365,6 +367,9 @@ def _composed(rng: Rng, n: int) -> Problem:
         x = change.forward(y, c)
         return factor(base.value(x, c), y, c)
 
+    def least(c: Any) -> Any:
+        return factor(base.value(base.argmin(c), c), None, c)
+
     wrapper, value = _with_wrapper(value, rng)
 
     def loss(y: Any, c: Any) -> Any:
@@ -400,6 +405,7 @@ def _composed(rng: Rng, n: int) -> Problem:
         loss=loss,
         read=read,
         closed_form=lambda c: change.back(base.argmin(c), c),
+        least=None if "vjp" in base.name else least,
         grad=grad,
         symmetric=not grad,
         regular=length == n,

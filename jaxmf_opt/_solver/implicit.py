@@ -113,7 +113,7 @@ class HasGradient(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _TangentOfSolve:
-    """How a solution moves: its value does, with what the loss captures.
+    """How a solution moves with what the loss captures: its value and its loss do.
 
     Attributes:
       program: The loss.
@@ -140,8 +140,26 @@ class _TangentOfSolve:
             return tangent_of_minimum(program, y, captured, moves, solver, is_flat)
 
         dy = x64_region(tangent, solution.value, captured, moves, end, may_close=False)
-        none = lambda x: x is None  # noqa: E731
-        return eqx.tree_at(lambda s: s.value, still, dy, is_leaf=none)
+        dloss = x64_region(self._of_loss, solution.value, captured, dy, moves)
+        of = lambda s: (s.value, s.loss, s.stats["loss"])  # noqa: E731
+        dots = dy, dloss, dloss.astype(solution.stats["loss"].dtype)
+        return eqx.tree_at(of, still, dots, is_leaf=lambda x: x is None)
+
+    def _of_loss(
+        self, y: PyTree, captured: Any, dy: PyTree, moves: Any
+    ) -> Float[Array, ""]:
+        """How the loss at the minimum moves, where that moves by `dy`."""
+        is_moving = [m is not None for m in moves]
+        moving, still = eqx.partition(list(captured), is_moving)
+
+        def loss(point: Any) -> Float[Array, ""]:
+            y, moving = point
+            return self.program.evaluate_loss(y, eqx.combine(moving, still))
+
+        reverse_only = self.program.value.has_custom_vjp
+        linearize = _linearize_in_reverse if reverse_only else _linearize
+        cast = jax.tree.map(lambda x, m: m.astype(x.dtype), moving, list(moves))
+        return linearize(loss, (y, moving))((dy, cast))
 
     def look(self, solution: Solution) -> None:
         """Raises JAX's alarm where the solution is not finite."""
@@ -300,4 +318,6 @@ def _linearize_in_reverse(
     """The same for functions that have no forward mode: the transpose of their vjp."""
     out, pull_back = jax.vjp(fn, x)
     push_forward = jax.linear_transpose(pull_back, out)
-    return lambda dx: push_forward((dx,))[0]
+    (of,) = jax.eval_shape(pull_back, out)  # (A rule may return another type.)
+    cast = lambda s, dx: dx.astype(s.dtype)  # noqa: E731
+    return lambda dx: push_forward((jax.tree.map(cast, of, dx),))[0]
