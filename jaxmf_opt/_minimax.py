@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from optimistix import RESULTS
 
 from ._jax.compat import nondifferentiable
-from ._jax.x64 import caller_dtype, is_traced, jax_enable_x64
+from ._jax.region import x64_region
+from ._jax.x64 import caller_dtype, is_traced
 from ._solve import solve
 from ._typing import Tolerance
 from ._validation import (
@@ -146,8 +147,9 @@ def minimax(
 
     and the weights of the next are its derivatives with respect to `losses`.
 
-    Under `jax.jit` and `jax.vmap` it is part of the caller's program. An eager call
-    compiles it each time. It has no derivative.
+    Under `jax.jit` and `jax.vmap` it is part of the caller's program. Eager calls share
+    a compiled program as long as losses and shapes are the same, whatever the data. It
+    has no derivative.
 
     Args:
       losses_fn: Takes parameters, returns the losses, shape (losses,). With `grad`,
@@ -248,7 +250,6 @@ def minimax(
         is_over |= ~jnp.isfinite(at.gap)
         return ~is_over & (at.num_rounds < max_rounds)
 
-    @jax_enable_x64
     def run(params: PyTree) -> Minimax:
         y = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
         end = jax.lax.while_loop(goes_on, next_round, first_round(y))
@@ -272,7 +273,7 @@ def minimax(
             end.num_evaluations.astype(int_dtype),
         )
 
-    return run(params)
+    return x64_region(run, params)
 
 
 class _Round(NamedTuple):

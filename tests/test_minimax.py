@@ -8,6 +8,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 import scipy.optimize
+from compiling import compilations
 
 from jaxmf_opt import ROBUST_OPTIMIZER, minimax, solve
 from jaxmf_opt.mechanisms import Dense, workloads
@@ -161,6 +162,19 @@ def test_evaluations_are_counted():
     end = minimax(losses, 3.0)
     jax.effects_barrier()
     assert end.num_loss_evaluations == executions > 5
+
+
+def test_other_data_compile_nothing():
+    def circle(points: Any) -> Any:
+        return minimax(_of(points, np.float64(1.0)), np.zeros(2)).value
+
+    with jax.enable_x64():
+        points = jnp.array([[0.0, 1.0], [2.0, 1.0], [1.0, 1.5]])
+        here, moved = circle(points), jax.block_until_ready(points + 3.0)
+        with compilations() as events:
+            there = circle(moved)
+        assert not events
+        np.testing.assert_allclose(there, here + 3.0, rtol=1e-4)
 
 
 def test_what_is_no_success():
