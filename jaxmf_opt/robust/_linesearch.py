@@ -47,6 +47,7 @@ class SearchProgress(NamedTuple):
       largest: The largest absolute value.
       lowest: The value that a lower one has to undercut visibly to be progress.
       least_slope: The same of the norm of the gradient.
+      steepest: The largest norm of the gradient.
       idle: The number of steps since the last progress.
       is_waiting: Whether these were so many that one step is refused.
       is_exhausted: Whether these were too many, and no step is taken any more.
@@ -55,6 +56,7 @@ class SearchProgress(NamedTuple):
     largest: Float[Array, ""]
     lowest: Float[Array, ""]
     least_slope: Float[Array, ""]
+    steepest: Float[Array, ""]
     idle: Int[Array, ""]
     is_waiting: Bool[Array, ""]
     is_exhausted: Bool[Array, ""]
@@ -93,7 +95,8 @@ def scale_by_weak_wolfe_linesearch(
     neither the value nor the gradient has become visibly smaller, one step is refused,
     so that an optimizer can restart; and after as many again, all are. All are at once
     where the slope promises nothing but rounding either, as at a minimum without kinks:
-    no restart would lead further down.
+    no restart would lead further down. There the gradient, too, is nothing but rounding
+    once the whole update is, for every variable, and no step more is taken.
 
     Args:
       max_linesearch_steps: The number of trials.
@@ -138,9 +141,8 @@ def scale_by_weak_wolfe_linesearch(
         info = optax.ZoomLinesearchInfo(jnp.array(0), unknown, unknown)
         grad = optax.tree.zeros_like(params)
         no = jnp.array(False)
-        progress = SearchProgress(
-            jnp.zeros((), dtype), unknown, unknown, jnp.array(0), no, no
-        )
+        zero, none = jnp.zeros((), dtype), jnp.array(0)
+        progress = SearchProgress(zero, unknown, unknown, zero, none, no, no)
         return progress, optax.ScaleByZoomLinesearchState(
             jnp.ones((), dtype), cast(Any, unknown), cast(Any, grad), info
         )
@@ -167,7 +169,8 @@ def scale_by_weak_wolfe_linesearch(
         slope = slope_of(grad)
         rounding = ulps * float(jnp.finfo(dtype).eps)
         norm = optax.tree.norm(grad).astype(dtype)
-        progress = _seen(state[0], value, norm, slope, rounding, patience)
+        is_tiny = _are_below(4 * rounding, updates, params)
+        progress = _seen(state[0], value, norm, slope, is_tiny, rounding, patience)
         slack = rounding * progress.largest
         waited = progress.is_waiting | progress.is_exhausted
 
@@ -240,23 +243,37 @@ def _seen(
     value: Array,
     norm: Array,
     slope: Array,
+    is_tiny: Array,
     rounding: float,
     patience: int,
 ) -> SearchProgress:
-    """The progress with one value, the norm of the gradient there, and a slope."""
+    """The progress with one value, the norm of the gradient there, and an update."""
     size = jnp.abs(value)
     is_lower = value < before.lowest - rounding * size
     is_flatter = norm < 0.5 * before.least_slope
     idle = jnp.where(is_lower | is_flatter, 0, before.idle + 1)
-    limit = jnp.where(-slope > rounding * size, 2 * patience, patience)
+    steepest = jnp.maximum(before.steepest, jnp.where(jnp.isfinite(norm), norm, 0))
+    promises = -slope > rounding * size
+    limit = jnp.where(promises, 2 * patience, patience)
+    # (In small units an update along the gradient is tiny from the start.)
+    is_rounding = is_tiny & ~promises & (norm <= rounding**0.5 * steepest)
     return SearchProgress(
         jnp.maximum(before.largest, jnp.where(jnp.isfinite(size), size, 0)),
         jnp.where(is_lower, value, before.lowest),
         jnp.where(is_flatter, norm, before.least_slope),
+        steepest,
         idle,
         idle == patience,
-        before.is_exhausted | (idle >= limit),
+        before.is_exhausted | is_rounding | (idle >= limit),
     )
+
+
+def _are_below(part: float, updates: PyTree, params: PyTree) -> Bool[Array, ""]:
+    """Whether every update is no more than a part of its variable."""
+    below = jax.tree.map(
+        lambda u, p: jnp.all(jnp.abs(u) <= part * jnp.abs(p)), updates, params
+    )
+    return jnp.all(jnp.stack(jax.tree.leaves(below)))
 
 
 def _differ(a: PyTree, b: PyTree) -> Bool[Array, ""]:
