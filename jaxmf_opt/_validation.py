@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._jax.keys import as_key
+from ._jax.varying import check_unsplit, explicit_sharding
 from ._jax.x64 import is_traced
 
 # Steps, of three float64 each.
@@ -86,6 +87,8 @@ def check_params(params: PyTree) -> None:
                 f"{where} must be real, got dtype {dtype}. Optimize the real and "
                 "imaginary parts as two leaves."
             )
+        sharding = explicit_sharding(leaf) if isinstance(leaf, jax.Array) else None
+        check_unsplit(where, None if sharding is None else sharding.spec)
 
 
 def _is_sparse(x: Any) -> bool:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmf_opt import optimize, solve
@@ -18,6 +19,7 @@ from jaxmf_opt.mechanisms import Dense
 from jaxmf_opt.sweeps import sweep
 
 ROWS = np.arange(32, dtype=np.float32).reshape(8, 4) / 16
+ORIGIN = np.zeros(4, np.float32)  # of no mesh
 STEPS = 4
 OUTSIDE = jnp.arange(4.0)  # made before there is a mesh
 
@@ -62,10 +64,27 @@ def cases(rows: jax.Array) -> dict[str, Callable[[], Any]]:
         half = solve(fit, start, gtol=1e-9, **few)
         return solve(fit, start, state=half.state, gtol=1e-9, **plain).value
 
+    def root(target: Any, start: Any = ORIGIN) -> Any:
+        return optimize(lambda x: jnp.sum((x - target) ** 2), start, **plain)
+
+    def of_lanes() -> Any:
+        """Of lanes that are split, as the message says that they have to be."""
+        fn = jax.vmap(jax.jacrev(root))
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            return fn(targets)
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        lanes = jax.device_put(targets, split)
+        for refused in (lambda: fn(lanes), lambda: root(1.0, lanes)):
+            with pytest.raises(ValueError, match="auto_axes"):
+                refused()
+        return jax.sharding.auto_axes(fn, out_sharding=split)(lanes)
+
     dense = Dense(8)
     return {
         "jit of vmap": lambda: jax.jit(jax.vmap(minimum))(targets),
         "grad": lambda: jax.grad(total)(1.0),
+        "lanes": of_lanes,
         "gradient of data": lambda: jax.jit(jax.grad(of_data))(rows),
         "callback, jit": lambda: jax.jit(in_python)(1.0),
         "history and state": resumed,

@@ -31,7 +31,7 @@ from .lapack import one_by_one, with_fresh_caches
 from .loss_callbacks import has_callbacks, with_all_bits
 from .staging import as_arrays, inside_region, restage, stage, struct
 from .structure import compiled
-from .varying import as_operand, vary_alike, without_axes
+from .varying import as_operand, check_unsplit, vary_alike, without_axes
 
 
 def x64_region(
@@ -386,6 +386,7 @@ def _batch(
     if all(d is None for d in dims):  # as in the primal part of `jacfwd`
         out = _bind(*args, jaxpr=jaxpr, rule=rule)
         return out, [None] * len(out)
+    check_unsplit("What is batched by `jax.vmap`", axis_data.explicit_mesh_axis)
 
     def evaluate(*args: Any) -> list[Any]:
         # (Of a function that is made from a jaxpr by `functools.partial`, JAX prints

@@ -89,6 +89,26 @@ def explicit_sharding(x: Any) -> jax.NamedSharding | None:
     return sharding if AxisType.Explicit in mesh.axis_types else None
 
 
+def check_unsplit(what: str, axes: Sequence[Any] | None) -> None:
+    """Refuses what is split over explicit axes, where optax and JAX's loops fail.
+
+    Args:
+      what: What it is, for the message.
+      axes: The axes over which it is split; None is none of them.
+
+    Raises:
+      ValueError: If there are any.
+    """
+    names = [axis for axis in axes or () if axis is not None]
+    if names:
+        raise ValueError(
+            f"{what} must not be split over explicit axes of a mesh, got {names}. Put "
+            "the call into `jax.sharding.auto_axes(fn, out_sharding=...)`, make the "
+            "mesh with `axis_types=(jax.sharding.AxisType.Auto,)`, or use "
+            "`jax.shard_map`."
+        )
+
+
 def on_mesh(arrays: PyTree) -> PyTree:
     """The arrays; those from outside an explicit mesh as the same on all its devices.
 
