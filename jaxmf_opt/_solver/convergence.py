@@ -129,6 +129,15 @@ def size_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
     return jnp.maximum(jnp.abs(loss), jnp.minimum(first, 1.0))
 
 
+def gain_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
+    """What has been gained since the start, or the size of the loss if that is less.
+
+    A constant that is added to the loss changes neither by much.
+    """
+    gain = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss - loss), 0.0)
+    return jnp.minimum(gain, size_of_loss(loss, first_loss))
+
+
 def _dot(a: PyTree, b: PyTree) -> Scalar:
     return optax.tree.real(optax.tree.vdot(a, b))
 

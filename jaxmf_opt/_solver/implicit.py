@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._jax.debugging import raise_alarm
 from .._jax.region import x64_region
-from .convergence import looks_flat
+from .convergence import gain_of_loss
 from .driver import in_dtypes, nan_unless_matching, solve_in_float64
 from .group_inverse import as_matrix, group_inverse, rows_of, unit
-from .linear_system import MatrixFree
+from .linear_system import MatrixFree, random_part
 from .near_minimum import is_near_minimum
 from .objective import Program
 from .solution import Solution
@@ -132,12 +132,12 @@ class _TangentOfSolve:
             return still
 
         state = solution.state.minimiser
-        end = state.loss, state.grad, state.first_loss
+        end = state.loss, state.first_loss
 
         def tangent(y: PyTree, captured: Any, moves: Any, end: Any) -> PyTree:
-            is_flat = looks_flat(y, *jax.lax.stop_gradient(end))
+            gain = gain_of_loss(*jax.lax.stop_gradient(end))
             program, solver = self.program, self.linear_solver
-            return tangent_of_minimum(program, y, captured, moves, solver, is_flat)
+            return tangent_of_minimum(program, y, captured, moves, solver, gain)
 
         dy = x64_region(tangent, solution.value, captured, moves, end, may_close=False)
         dloss = x64_region(self._of_loss, solution.value, captured, dy, moves)
@@ -173,7 +173,7 @@ def tangent_of_minimum(
     captured: Sequence[Array],
     moves: Sequence[Array | None],
     linear_solver: lx.AbstractLinearSolver | None = None,
-    is_flat: Bool[Array, ""] | None = None,
+    gain: Float[Array, ""] | float = 0.0,
 ) -> PyTree:
     """How the minimum moves when what the loss captures moves.
 
@@ -183,8 +183,7 @@ def tangent_of_minimum(
       captured: What it closes over.
       moves: The tangents of `captured`; None for those that have none.
       linear_solver: For the linear system; None chooses by size.
-      is_flat: Whether the gradient at `y` is as small as rounding lets one expect. By
-        default it is looked at by itself.
+      gain: Of what losses a step has to promise a visible part, not to be rounding.
 
     Returns:
       The tangent of `y`, in which the result is linear.
@@ -208,9 +207,9 @@ def tangent_of_minimum(
         cast = lambda x, m: m.astype(x.dtype)  # noqa: E731
         return linearize(fn, moving)(jax.tree.map(cast, moving, list(moves)))
 
-    def mixed_in_proportion(point: Any) -> Float[Array, " n"]:
+    def mixed_at_random(point: Any) -> Float[Array, " n"]:
         both = zip(point[1], is_moving, strict=True)
-        return mixed(point, [jnp.where(x == 0, 1, x) if m else None for x, m in both])
+        return mixed(point, [random_part(x) if m else None for x, m in both])
 
     point = (flat, list(captured))
     rhs = mixed(point, moves)
@@ -249,14 +248,12 @@ def tangent_of_minimum(
         matrix_free = MatrixFree(product, symmetric, linear_solver, flat.dtype)
         system, solve = matrix_free.look(point, null, minimum), matrix_free.solve
         rows = (system.known.mask == 0, system.known.units)
-    if is_flat is None:
-        tiny = float(jnp.finfo(coarsest).eps) ** (1 / 3)
-        is_flat = jnp.max(jnp.abs(slope)) <= tiny
     at_point = jax.lax.stop_gradient((point, system))
     is_near = is_near_minimum(
-        *(gradient, product, mixed_in_proportion, solve, *at_point, slope, *rows),
+        *(gradient, product, mixed_at_random, solve, *at_point, slope, *rows),
         symmetric=symmetric,
-        is_flat=jax.lax.stop_gradient(jnp.asarray(is_flat)),
+        rounding=float(jnp.finfo(coarsest).eps) ** (1 / 3),
+        gain=gain,
     )
     dy = -jnp.where(is_near, 1.0, jnp.nan) * solve(system, rhs)
     # JAX knows that the slopes of a kink do not change, and drops what is times that.

@@ -373,5 +373,18 @@ def random_vectors(number: int, n: int, dtype: Any = float) -> Float[Array, "_ n
     return jnp.asarray(np.random.default_rng(0).normal(size=(number, n)), dtype)
 
 
+def random_part(x: Array) -> Array:
+    """Each element times a random number, the same ones each time; 1 instead of 0.
+
+    They have a mean, so that what depends on a sum of the elements shows, and differ
+    the more, the more there are, so that a mean of what is random does as well.
+    """
+    index = jnp.arange(x.size, dtype=float).reshape(x.shape)
+    noise = jnp.sin(index * 12.9898 + 78.233) * 43758.5453
+    noise = noise - jnp.floor(noise) - 0.5
+    number = 1 + noise * jnp.sqrt(jnp.sum(jnp.ones_like(index)))
+    return jnp.where(x == 0, 1, x) * number.astype(jnp.real(x).dtype)
+
+
 def _is_near(x: Array, y: Array, rtol: float) -> Bool[Array, ""]:
     return jnp.linalg.norm(x - y) <= rtol * jnp.linalg.norm(y)

@@ -26,7 +26,8 @@ def is_near_minimum(
     units: Float[Array, " n"],
     *,
     symmetric: bool,
-    is_flat: Bool[Array, ""],
+    rounding: float,
+    gain: Float[Array, ""] | float,
 ) -> Bool[Array, ""]:
     """Whether the derivative is that of the minimum, as far as can be seen from `y`.
 
@@ -52,8 +53,9 @@ def is_near_minimum(
       units: Of the variables, in which the other rows are alike.
       symmetric: Whether the Hessian is taken for symmetric. If the gradient is one by a
         rule of the user's, it need not be.
-      is_flat: Whether the gradient is so small that a step may change nothing of it
-        but rounding.
+      rounding: Which part of the variables may be rounding. Where a step of Newton's
+        method changes none of them by more, it need not lead to a smaller gradient.
+      gain: Nor where it promises no more of this than the square of that part.
 
     Returns:
       Whether it is so.
@@ -77,7 +79,6 @@ def is_near_minimum(
     size = norm(units * of_v) / norm(probe)
     is_rounding = norm(units * slope) <= 500 * eps * size * norm(y / units)
     slope = jnp.where(is_rounding, 0.0, slope)
-    is_flat = is_flat | is_rounding
 
     of_m = mixed(point)
 
@@ -86,6 +87,8 @@ def is_near_minimum(
         x = solve(system, b)
 
         def look() -> _Carry:
+            is_flat = jnp.all(jnp.abs(x) <= rounding * jnp.abs(y))
+            is_flat |= jnp.abs(slope @ x) <= rounding**2 * gain
             there = y + jnp.where(is_absent, nudge, x)
             slope_there = gradient(there, captured)
             rest = jnp.where(is_absent, 0.0, units * slope_there)
@@ -93,22 +96,25 @@ def is_near_minimum(
             is_free = jnp.all(~is_absent | (slope_there == 0))
             of_there = product((there, captured), v), mixed((there, captured))
             changes = (of_there[0] - of_v, of_there[1] - of_m)
-            return of_m, _Found(*changes, is_free & (is_flat | is_lower))
+            return of_m, _Found(*changes, is_flat, is_free & (is_flat | is_lower))
 
         def compare() -> _Carry:
             # (A derivative that is small beside the minimum may well be rounding.)
             largest = jnp.max(jnp.maximum(jnp.abs(x), jnp.abs(y)) / units)
-            part = jnp.where(is_flat | (largest == 0), 0.0, size_of_v / largest)
-            return found.of_v + part * found.of_m, found
+            is_known = found.is_flat | (largest == 0)
+            part = jnp.where(is_known, 0.0, size_of_v / largest)
+            return jnp.where(turn == 1, part * found.of_m, found.of_v), found
 
         return cond(turn == 0, look, compare), x
 
-    # (A loop of three turns, to be compiled once. What is carried varies over devices
+    # (A loop of four turns, to be compiled once. What is carried varies over devices
     # as the gradient does.)
     size_of_v, zero = jnp.mean(jnp.abs(probe)), 0.0 * slope
-    first = -slope, _Found(zero, zero, jnp.all(zero == 0))
-    (_, found), (_, _, moved) = jax.lax.scan(once, first, jnp.arange(3))
-    is_close = jnp.all(jnp.abs(moved / units) <= _MOST_CHANGE * size_of_v)
+    yes = jnp.all(zero == 0)
+    first = -slope, _Found(zero, zero, yes, yes)
+    (_, found), solutions = jax.lax.scan(once, first, jnp.arange(4))
+    moved = jnp.abs(solutions[2:] / units[None, :])
+    is_close = jnp.all(moved <= _MOST_CHANGE * size_of_v)
     return is_right & found.is_right & is_close
 
 
@@ -118,11 +124,13 @@ class _Found(NamedTuple):
     Attributes:
       of_v: What it changes of the Hessian times a vector.
       of_m: What it changes of how the gradient depends on the captured values.
+      is_flat: Whether it may be rounding.
       is_right: Whether the gradient is smaller there, where it has to be.
     """
 
     of_v: Float[Array, " n"]
     of_m: Float[Array, " n"]
+    is_flat: Bool[Array, ""]
     is_right: Bool[Array, ""]
 
 

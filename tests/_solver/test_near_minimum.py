@@ -122,15 +122,39 @@ def test_one_variable_among_many_that_is_far_from_its_minimum(n: int, i: int):
     assert np.isnan(got).all()
 
 
-def test_the_right_hand_side_is_that_of_the_minimum_too():
-    """Here the Hessian is the same everywhere, and the minimum where it always is."""
+# Losses of y[0] whose Hessian is nearly the same everywhere, and whose minimum is at 1
+# for c = (1, 1); and how it moves with c there.
+MOVED_BY_DATA: dict[str, tuple[Any, Any]] = {
+    "factor": (lambda y, c: c[0] * (y[0] - 1) ** 2, [0, 0]),
+    "factor, high up": (lambda y, c: 1e12 + c[0] * (y[0] - 1) ** 2, [0, 0]),
+    "product": (lambda y, c: (y[0] - 1) ** 2 / 2 + (c[0] * c[1] - 1) * y[0] ** 2, -2),
+    "ratio": (
+        lambda y, c: (y[0] - 1) ** 2 / 2 + jnp.log(c[0] / c[1]) * y[0] ** 3 / 3,
+        [-1, 1],
+    ),
+    "difference": (
+        lambda y, c: (y[0] - 1) ** 2 / 2 + (c[0] - c[1]) * y[0] ** 3 / 3,
+        [-1, 1],
+    ),
+    "weights": (
+        lambda y, c: jnp.sum(c / jnp.sum(c) * (y[0] - jnp.array([0, 2.0])) ** 2),
+        [-0.5, 0.5],
+    ),
+    "cosh": (lambda y, c: c[0] * jnp.cosh(y[0] - 1), [0, 0]),
+}
 
-    def loss(y: jax.Array, c: jax.Array) -> jax.Array:
-        return jnp.sum((1 + c) * (y - 1.0) ** 2) / 2
 
-    for y, want in ((0.4, np.nan), (1 - 1e-9, 0.0), (1.0, 0.0)):
-        got = jax.jacfwd(functools.partial(stay, loss, jnp.array([y])))(jnp.zeros(1))
-        np.testing.assert_allclose(got, want, atol=1e-6)
+@pytest.mark.parametrize("name", MOVED_BY_DATA)
+def test_the_right_hand_side_is_that_of_the_minimum_too(name: str):
+    """From wherever, and however what is captured hangs together."""
+    loss, want = MOVED_BY_DATA[name]
+    with jax.enable_x64():
+        starts = np.r_[1.0, 1 + 1e-9, np.linspace(-0.5, 2.5, 60)][:, None]
+        derivative = jax.jacrev(functools.partial(stay, loss), 1)
+        got = jax.jit(jax.vmap(derivative, (0, None)))(starts, jnp.ones(2))[:, 0]
+    np.testing.assert_allclose(got[:2], np.broadcast_to(want, (2, 2)), atol=1e-6)
+    error = np.max(np.abs(np.asarray(got) - want), axis=1)
+    assert np.all((error < 0.15) | np.isnan(error)), error
 
 
 @pytest.mark.parametrize("solver", [None, lx.GMRES(1e-10, 1e-10)])
