@@ -130,12 +130,14 @@ def size_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
 
 
 def gain_of_loss(loss: Scalar, first_loss: Scalar) -> Scalar:
-    """What has been gained since the start, or the size of the loss if that is less.
+    """What has been gained since the start, but no more than the size of the loss.
 
-    A constant that is added to the loss changes neither by much.
+    A constant that is added to the loss changes it by no more than its rounding, which
+    it is at least.
     """
     gain = jnp.where(jnp.isfinite(first_loss), jnp.abs(first_loss - loss), 0.0)
-    return jnp.minimum(gain, size_of_loss(loss, first_loss))
+    size = size_of_loss(loss, first_loss)
+    return jnp.clip(gain, float(jnp.finfo(size.dtype).eps) * size, size)
 
 
 def _dot(a: PyTree, b: PyTree) -> Scalar:

@@ -173,7 +173,7 @@ def tangent_of_minimum(
     captured: Sequence[Array],
     moves: Sequence[Array | None],
     linear_solver: lx.AbstractLinearSolver | None = None,
-    gain: Float[Array, ""] | float = 0.0,
+    gain: Float[Array, ""] | None = None,
 ) -> PyTree:
     """How the minimum moves when what the loss captures moves.
 
@@ -183,7 +183,8 @@ def tangent_of_minimum(
       captured: What it closes over.
       moves: The tangents of `captured`; None for those that have none.
       linear_solver: For the linear system; None chooses by size.
-      gain: Of what losses a step has to promise a visible part, not to be rounding.
+      gain: By how much the loss has fallen on the way to `y`. A step that promises next
+        to nothing of that may be rounding. None: a loss of about 1 is all rounding.
 
     Returns:
       The tangent of `y`, in which the result is linear.
@@ -249,11 +250,12 @@ def tangent_of_minimum(
         system, solve = matrix_free.look(point, null, minimum), matrix_free.solve
         rows = (system.known.mask == 0, system.known.units)
     at_point = jax.lax.stop_gradient((point, system))
+    eps = float(jnp.finfo(coarsest).eps)
     is_near = is_near_minimum(
         *(gradient, product, mixed_at_random, solve, *at_point, slope, *rows),
         symmetric=symmetric,
-        rounding=float(jnp.finfo(coarsest).eps) ** (1 / 3),
-        gain=gain,
+        rounding=eps ** (1 / 3),
+        gain=jnp.asarray(eps) if gain is None else gain,
     )
     dy = -jnp.where(is_near, 1.0, jnp.nan) * solve(system, rhs)
     # JAX knows that the slopes of a kink do not change, and drops what is times that.

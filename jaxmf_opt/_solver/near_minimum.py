@@ -27,7 +27,7 @@ def is_near_minimum(
     *,
     symmetric: bool,
     rounding: float,
-    gain: Float[Array, ""] | float,
+    gain: Float[Array, ""],
 ) -> Bool[Array, ""]:
     """Whether the derivative is that of the minimum, as far as can be seen from `y`.
 
@@ -55,7 +55,8 @@ def is_near_minimum(
         rule of the user's, it need not be.
       rounding: Which part of the variables may be rounding. Where a step of Newton's
         method changes none of them by more, it need not lead to a smaller gradient.
-      gain: Nor where it promises no more of this than the square of that part.
+      gain: By how much the loss has fallen. Nor need it where it promises no more than
+        the square of that part of this.
 
     Returns:
       Whether it is so.

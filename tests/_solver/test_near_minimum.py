@@ -184,6 +184,25 @@ def test_a_rule_for_a_gradient_that_is_none(solver: Any):
     assert np.isnan(jax.jacrev(minimum)(c)).all()
 
 
+def test_a_solve_that_starts_where_all_is_rounding():
+    """The minimum is at 0, next to which each gradient is as large as any other."""
+    rng = np.random.default_rng(0)
+    x, noise = 1e3 * rng.normal(size=(50, 4)), 1e3 * rng.normal(size=50)
+    b = noise - x @ np.linalg.lstsq(x, noise)[0]
+
+    def minimum(c: jax.Array) -> jax.Array:
+        def loss(y: jax.Array) -> jax.Array:
+            return jnp.sum((x @ y - b - c * x[:, 0]) ** 2)
+
+        start = np.linalg.lstsq(x, b)[0]
+        assert 0 < np.max(np.abs(start)) < 1e-14
+        return optimize(loss, jnp.asarray(start), optimizer=ROBUST_OPTIMIZER)
+
+    with jax.enable_x64():
+        got = jax.jacfwd(minimum)(0.0)
+    np.testing.assert_allclose(got, [1, 0, 0, 0], atol=1e-12)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_a_solve_that_has_not_ended(steps: int):
     def minimum(c: jax.Array) -> jax.Array:
