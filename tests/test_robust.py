@@ -315,6 +315,18 @@ class TestWhole:
         assert np.mean(batch.stats["num_steps"] - there) < 8
         assert np.all(batch.stats["grad_norm"] < 1e-14 * norms[:, 0])
 
+    @pytest.mark.parametrize("height", [1e6, 1e10, 1e16, 1e18])
+    def test_behind_a_steep_wall_it_goes_on(self, height: float):
+        """Its first pair says that no step can be short enough."""
+
+        def loss(y: Any) -> Any:
+            wall = height * 1e-3 * jax.nn.softplus((1 - y) * 1e3)
+            return jnp.sum(wall + (y - jnp.arange(3.0, 6.0)) ** 2) + 1
+
+        options = {**OPTIONS, "rtol": 0.0, "gtol": 0.0}
+        solution = solve(loss, jnp.full(3, 0.5), **options)
+        np.testing.assert_allclose(solution.value, [3, 4, 5], rtol=1e-7)
+
     def test_it_ends_on_a_kink(self):
         """And says that the gradient is not small there."""
 

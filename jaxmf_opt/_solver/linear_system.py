@@ -374,7 +374,7 @@ def random_vectors(number: int, n: int, dtype: Any = float) -> Float[Array, "_ n
 
 
 def random_part(x: Array) -> Array:
-    """Each element times a random number, the same ones each time; 1 instead of 0.
+    """Each element times a random number, the same ones each time; 1 for 0 and inf.
 
     They have a mean, so that what depends on a sum of the elements shows, and differ
     the more, the more there are, so that a mean of what is random does as well.
@@ -383,7 +383,9 @@ def random_part(x: Array) -> Array:
     noise = jnp.sin(index * 12.9898 + 78.233) * 43758.5453
     noise = noise - jnp.floor(noise) - 0.5
     number = 1 + noise * jnp.sqrt(jnp.sum(jnp.ones_like(index)))
-    return jnp.where(x == 0, 1, x) * number.astype(jnp.real(x).dtype)
+    part = x * number.astype(jnp.real(x).dtype)
+    # (A bound may be as large as there are numbers.)
+    return jnp.where(jnp.isfinite(part) & (x != 0), part, 1)
 
 
 def _is_near(x: Array, y: Array, rtol: float) -> Bool[Array, ""]:

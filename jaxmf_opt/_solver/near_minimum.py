@@ -53,10 +53,10 @@ def is_near_minimum(
       units: Of the variables, in which the other rows are alike.
       symmetric: Whether the Hessian is taken for symmetric. If the gradient is one by a
         rule of the user's, it need not be.
-      rounding: Which part of the variables may be rounding. Where a step of Newton's
-        method changes none of them by more, it need not lead to a smaller gradient.
-      gain: By how much the loss has fallen. Nor need it where it promises no more than
-        the square of that part of this.
+      rounding: Which part of a gradient may be rounding ...
+      gain: ... and by how much the loss has fallen. Where a step of Newton's method
+        promises no more than the square of that part of this, it need not lead to a
+        smaller gradient.
 
     Returns:
       Whether it is so.
@@ -88,8 +88,7 @@ def is_near_minimum(
         x = solve(system, b)
 
         def look() -> _Carry:
-            is_flat = jnp.all(jnp.abs(x) <= rounding * jnp.abs(y))
-            is_flat |= jnp.abs(slope @ x) <= rounding**2 * gain
+            is_flat = jnp.abs(slope @ x) <= rounding**2 * gain
             there = y + jnp.where(is_absent, nudge, x)
             slope_there = gradient(there, captured)
             rest = jnp.where(is_absent, 0.0, units * slope_there)

@@ -48,6 +48,8 @@ class SearchProgress(NamedTuple):
       lowest: The value that a lower one has to undercut visibly to be progress.
       least_slope: The same of the norm of the gradient.
       steepest: The largest norm of the gradient.
+      tiny: The number of last steps that have changed no variable by more than
+        rounding.
       idle: The number of steps since the last progress.
       is_waiting: Whether these were so many that one step is refused.
       is_exhausted: Whether these were too many, and no step is taken any more.
@@ -57,6 +59,7 @@ class SearchProgress(NamedTuple):
     lowest: Float[Array, ""]
     least_slope: Float[Array, ""]
     steepest: Float[Array, ""]
+    tiny: Int[Array, ""]
     idle: Int[Array, ""]
     is_waiting: Bool[Array, ""]
     is_exhausted: Bool[Array, ""]
@@ -96,7 +99,8 @@ def scale_by_weak_wolfe_linesearch(
     so that an optimizer can restart; and after as many again, all are. All are at once
     where the slope promises nothing but rounding either, as at a minimum without kinks:
     no restart would lead further down. There the gradient, too, is nothing but rounding
-    once the whole update is, for every variable, and no step more is taken.
+    once two steps are, in every variable, and the next update as well; no step more is
+    taken then.
 
     Args:
       max_linesearch_steps: The number of trials.
@@ -142,7 +146,7 @@ def scale_by_weak_wolfe_linesearch(
         grad = optax.tree.zeros_like(params)
         no = jnp.array(False)
         zero, none = jnp.zeros((), dtype), jnp.array(0)
-        progress = SearchProgress(zero, unknown, unknown, zero, none, no, no)
+        progress = SearchProgress(zero, unknown, unknown, zero, none, none, no, no)
         return progress, optax.ScaleByZoomLinesearchState(
             jnp.ones((), dtype), cast(Any, unknown), cast(Any, grad), info
         )
@@ -169,7 +173,7 @@ def scale_by_weak_wolfe_linesearch(
         slope = slope_of(grad)
         rounding = ulps * float(jnp.finfo(dtype).eps)
         norm = optax.tree.norm(grad).astype(dtype)
-        is_tiny = _are_below(4 * rounding, updates, params)
+        is_tiny = _are_below(16 * rounding, updates, params)
         progress = _seen(state[0], value, norm, slope, is_tiny, rounding, patience)
         slack = rounding * progress.largest
         waited = progress.is_waiting | progress.is_exhausted
@@ -231,7 +235,9 @@ def scale_by_weak_wolfe_linesearch(
         new_state = optax.ScaleByZoomLinesearchState(
             cast(Any, end.low), cast(Any, end.low_value), end.low_grad, info
         )
-        return optax.tree.scale(end.low, updates), (progress, new_state)
+        taken = optax.tree.scale(end.low, updates)
+        tiny = jnp.where(_are_below(16 * rounding, taken, params), progress.tiny + 1, 0)
+        return taken, (progress._replace(tiny=tiny), new_state)
 
     return register_linesearch(
         optax.GradientTransformationExtraArgs(init, cast(Any, update))
@@ -255,13 +261,16 @@ def _seen(
     steepest = jnp.maximum(before.steepest, jnp.where(jnp.isfinite(norm), norm, 0))
     promises = -slope > rounding * size
     limit = jnp.where(promises, 2 * patience, patience)
-    # (In small units an update along the gradient is tiny from the start.)
-    is_rounding = is_tiny & ~promises & (norm <= rounding**0.5 * steepest)
+    # (In small units an update along the gradient is tiny from the start. Behind a
+    # steep wall one is, too, but the search makes the step longer.)
+    is_rounding = is_tiny & (before.tiny >= 2) & ~promises
+    is_rounding &= norm <= rounding**0.5 * steepest
     return SearchProgress(
         jnp.maximum(before.largest, jnp.where(jnp.isfinite(size), size, 0)),
         jnp.where(is_lower, value, before.lowest),
         jnp.where(is_flatter, norm, before.least_slope),
         steepest,
+        before.tiny,
         idle,
         idle == patience,
         before.is_exhausted | is_rounding | (idle >= limit),

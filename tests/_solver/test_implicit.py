@@ -473,6 +473,33 @@ class TestTheLoss:
         assert np.all(np.isnan(jax.grad(coarse)(point())))
         assert np.all(np.isnan(jax.jvp(coarse, (point(),), (point(),))[1]))
 
+    def test_with_a_rule_of_the_users(self):
+        """That is not linear in the cotangent; or that closes over what is traced."""
+
+        def least(c: jax.Array, scale: jax.Array | float) -> Any:
+            @jax.custom_vjp
+            def squared(r: jax.Array) -> jax.Array:
+                return jnp.sum(r**2)
+
+            def back(r: jax.Array, ct: jax.Array) -> tuple[jax.Array]:
+                return (jnp.nan_to_num(2 * ct * r) * jnp.asarray(scale, r.dtype),)
+
+            squared.defvjp(lambda r: (squared(r), r), back)
+
+            def loss(y: jax.Array) -> jax.Array:
+                wide = c.astype(y.dtype)
+                return squared(y - wide) + jnp.sum(wide**3)
+
+            return solve(loss, jnp.zeros(2), optimizer=PLAIN)
+
+        got = jax.grad(lambda c: least(c, 1.0).loss)(point())
+        assert_close(got, 3 * C**2)
+        of_both = lambda c, scale: least(c, scale).loss  # noqa: E731
+        got = jax.grad(jax.jit(of_both))(point(), jnp.asarray(1.0))
+        assert np.all(np.isnan(got))
+        value = lambda c, scale: jnp.sum(least(c, scale).value)  # noqa: E731
+        assert_close(jax.grad(jax.jit(value))(point(), jnp.asarray(1.0)), np.ones(2))
+
     def test_at_the_root_of_a_gradient(self):
         got = jax.grad(lambda c: solve_root(c).loss)(point())
         assert_close(got, 2 * np.asarray(root(point())) @ ROOT_JACOBIAN)

@@ -110,6 +110,26 @@ def test_on_a_kink_at_which_the_gradient_is_not_zero():
     assert np.any(np.abs(lasso(c)) < 1e-6)
     assert np.isnan(jax.jacfwd(lasso)(c)).all()
 
+    def narrow(y: jax.Array, c: jax.Array) -> jax.Array:
+        """A step of Newton's method is next to nothing here."""
+        return jnp.sum(jnp.abs(y - c) + 5e5 * (y - 1) ** 2)
+
+    c = jnp.array([1 + 1e-6])
+    assert np.isnan(jax.jacfwd(functools.partial(stay, narrow, c))(c)).all()
+
+
+@pytest.mark.parametrize("most", [np.inf, np.finfo(np.float32).max])
+def test_bounds_as_large_as_there_are_numbers(most: float):
+    def minimum(data: jax.Array) -> jax.Array:
+        def loss(y: jax.Array) -> jax.Array:
+            c, bound = data.astype(y.dtype)
+            return (jnp.minimum(y, bound) - c) ** 2
+
+        return optimize(loss, jnp.asarray(0.0))
+
+    got = jax.grad(minimum)(jnp.array([2.0, most]))
+    np.testing.assert_allclose(got, [1, 0], atol=1e-6)
+
 
 @pytest.mark.parametrize(("n", "i"), [(7, 0), (20, 11), (300, 299)])
 def test_one_variable_among_many_that_is_far_from_its_minimum(n: int, i: int):
