@@ -88,7 +88,7 @@ def check_params(params: PyTree) -> None:
                 "imaginary parts as two leaves."
             )
         sharding = explicit_sharding(leaf) if isinstance(leaf, jax.Array) else None
-        check_unsplit(where, None if sharding is None else tuple(sharding.spec))
+        check_unsplit(where, () if sharding is None else tuple(sharding.spec))
 
 
 def _is_sparse(x: Any) -> bool:

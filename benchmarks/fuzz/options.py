@@ -337,16 +337,15 @@ def minimum(
     """The function of `c` that a case is about, perhaps with the loss there added."""
 
     def fn(c: Any) -> Any:
-        if plus_loss:
+        least: Any = None
+        if plus_loss or options.full_answer:
             solution = solve(problem, options, c)
-            result = problem.read(options.layout.unpack(solution.value, c.dtype))
-            return result + solution.loss.astype(result.dtype)
-        if options.full_answer:
-            value = solve(problem, options, c).value
+            value, least = solution.value, solution.loss
         else:
             loss, start, settings = _arguments(problem, options, c)
             value = jaxmf_opt.optimize(loss, start, **settings)
-        return problem.read(options.layout.unpack(value, c.dtype))
+        result = problem.read(options.layout.unpack(value, c.dtype))
+        return result + least.astype(result.dtype) if plus_loss else result
 
     return fn
 

@@ -386,7 +386,7 @@ def _batch(
     if all(d is None for d in dims):  # as in the primal part of `jacfwd`
         out = _bind(*args, jaxpr=jaxpr, rule=rule)
         return out, [None] * len(out)
-    check_unsplit("What is batched by `jax.vmap`", axis_data.explicit_mesh_axis)
+    check_unsplit("What is batched by `jax.vmap`", axis_data.explicit_mesh_axis or ())
 
     def evaluate(*args: Any) -> list[Any]:
         # (Of a function that is made from a jaxpr by `functools.partial`, JAX prints

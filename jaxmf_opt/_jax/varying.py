@@ -89,17 +89,17 @@ def explicit_sharding(x: Any) -> jax.NamedSharding | None:
     return sharding if AxisType.Explicit in mesh.axis_types else None
 
 
-def check_unsplit(what: str, axes: Sequence[Any] | None) -> None:
+def check_unsplit(what: str, axes: Sequence[Any]) -> None:
     """Refuses what is split over explicit axes, where optax and JAX's loops fail.
 
     Args:
       what: What it is, for the message.
-      axes: The axes over which it is split; None is none of them.
+      axes: The axes over which it is split; a None among them is no axis.
 
     Raises:
       ValueError: If there are any.
     """
-    names = [axis for axis in axes or () if axis is not None]
+    names = [axis for axis in axes if axis is not None]
     if names:
         raise ValueError(
             f"{what} must not be split over explicit axes of a mesh, got {names}. Put "

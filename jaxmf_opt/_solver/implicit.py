@@ -142,8 +142,8 @@ class _TangentOfSolve:
         dy = x64_region(tangent, solution.value, captured, moves, end, may_close=False)
         dloss = x64_region(self._of_loss, solution.value, captured, dy, moves)
         of = lambda s: (s.value, s.loss, s.stats["loss"])  # noqa: E731
-        dots = dy, dloss, dloss.astype(solution.stats["loss"].dtype)
-        return eqx.tree_at(of, still, dots, is_leaf=lambda x: x is None)
+        moved = dy, dloss, dloss.astype(solution.stats["loss"].dtype)
+        return eqx.tree_at(of, still, moved, is_leaf=lambda x: x is None)
 
     def _of_loss(
         self, y: PyTree, captured: Any, dy: PyTree, moves: Any
@@ -153,15 +153,13 @@ class _TangentOfSolve:
         NaN if a derivative rule of the loss closes over arrays: they may be traced, and
         by a program that has ended.
         """
-        is_moving = [m is not None for m in moves]
-        moving, still = eqx.partition(list(captured), is_moving)
+        moving, of_moving, whole = _moving_part(captured, moves)
 
         def loss(point: Any) -> Float[Array, ""]:
             y, moving = point
-            return self.program.evaluate_loss(y, eqx.combine(moving, still))
+            return self.program.evaluate_loss(y, whole(moving))
 
-        point = (y, moving)
-        dots = jax.tree.map(lambda x, t: t.astype(x.dtype), point, (dy, list(moves)))
+        point, dots = (y, moving), (dy, of_moving)
         if len(captured) > self.program.num_captured:
             slopes = jax.tree.map(lambda d: jnp.full_like(d, jnp.nan), dots)
         elif self.program.value.has_custom_vjp:
@@ -210,20 +208,17 @@ def tangent_of_minimum(
     def gradient(flat: Float[Array, " n"], captured: Any) -> Float[Array, " n"]:
         return ravel_pytree(program.gradient(unravel(flat), captured))[0]
 
-    is_moving = [m is not None for m in moves]
     linearize = _linearize_in_reverse if program.reverse_only else _linearize
 
     def mixed(point: Any, moves: Sequence[Array | None]) -> Float[Array, " n"]:
         x, captured = point
-        moving, still = eqx.partition(captured, is_moving)
-        fn = lambda moving: gradient(x, eqx.combine(moving, still))  # noqa: E731
-        # (A program of another precision may hand over tangents of another type.)
-        cast = lambda x, m: m.astype(x.dtype)  # noqa: E731
-        return linearize(fn, moving)(jax.tree.map(cast, moving, list(moves)))
+        moving, dots, whole = _moving_part(captured, moves)
+        return linearize(lambda moving: gradient(x, whole(moving)), moving)(dots)
 
     def mixed_at_random(point: Any) -> Float[Array, " n"]:
-        both = zip(point[1], is_moving, strict=True)
-        return mixed(point, [random_part(x) if m else None for x, m in both])
+        both = zip(point[1], moves, strict=True)
+        parts = [None if m is None else random_part(x) for x, m in both]
+        return mixed(point, parts)
 
     point = (flat, list(captured))
     rhs = mixed(point, moves)
@@ -318,6 +313,17 @@ def _null_of_matrix(
     most = 1e-5 * jnp.abs(matrix) @ jnp.abs(y)
     is_free = (jnp.abs(matrix @ y + gradient) <= most) & (jnp.abs(far) <= most)
     return jnp.where(jnp.all(is_free), unit(y), 0.0)
+
+
+def _moving_part(
+    captured: Sequence[Array], moves: Sequence[Array | None]
+) -> tuple[PyTree, PyTree, Callable[[PyTree], list[Array]]]:
+    """What moves of the captured values, its tangents, and how to put it back."""
+    is_moving = [m is not None for m in moves]
+    moving, still = eqx.partition(list(captured), is_moving)
+    # (A program of another precision may hand over tangents of another type.)
+    dots = jax.tree.map(lambda x, m: m.astype(x.dtype), moving, list(moves))
+    return moving, dots, lambda moving: eqx.combine(moving, still)
 
 
 def _linearize(fn: Callable[[PyTree], Array], x: PyTree) -> Callable[[PyTree], Array]:

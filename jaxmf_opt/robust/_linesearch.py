@@ -173,8 +173,13 @@ def scale_by_weak_wolfe_linesearch(
         slope = slope_of(grad)
         rounding = ulps * float(jnp.finfo(dtype).eps)
         norm = optax.tree.norm(grad).astype(dtype)
-        is_tiny = _are_below(16 * rounding, updates, params)
-        progress = _seen(state[0], value, norm, slope, is_tiny, rounding, patience)
+
+        def is_tiny(update: PyTree) -> Bool[Array, ""]:
+            return _are_below(16 * rounding, update, params)
+
+        progress = _seen(
+            state[0], value, norm, slope, is_tiny(updates), rounding, patience
+        )
         slack = rounding * progress.largest
         waited = progress.is_waiting | progress.is_exhausted
 
@@ -236,7 +241,7 @@ def scale_by_weak_wolfe_linesearch(
             cast(Any, end.low), cast(Any, end.low_value), end.low_grad, info
         )
         taken = optax.tree.scale(end.low, updates)
-        tiny = jnp.where(_are_below(16 * rounding, taken, params), progress.tiny + 1, 0)
+        tiny = jnp.where(is_tiny(taken), progress.tiny + 1, 0)
         return taken, (progress._replace(tiny=tiny), new_state)
 
     return register_linesearch(
