@@ -11,7 +11,7 @@ program around it a region is a single opaque operation on arrays.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -29,6 +29,7 @@ from .debugging import alarms, no_alarms
 from .host_callback import OriginalExceptions, calls_host
 from .lapack import one_by_one, with_fresh_caches
 from .loss_callbacks import has_callbacks, with_all_bits
+from .region_rule import BatchedRule, Rule
 from .staging import as_arrays, inside_region, restage, stage, struct
 from .structure import compiled
 from .varying import as_operand, check_unsplit, vary_alike, without_axes
@@ -74,120 +75,12 @@ def x64_region(
     rule = None
     if tangent is not None:
         in_tree = jax.tree.structure(args)
-        rule = _Rule(tangent, len(operands) - in_tree.num_leaves, in_tree, out_tree)
+        rule = Rule(tangent, len(operands) - in_tree.num_leaves, in_tree, out_tree)
     return jax.tree.unflatten(out_tree, _bind(*operands, jaxpr=jaxpr, rule=rule))
 
 
 def _bind(*operands: Any, jaxpr: jex.ClosedJaxpr, rule: Any = None) -> list[Any]:
     return region_p.bind(*vary_alike(operands), jaxpr=jaxpr, rule=rule)
-
-
-class _Rule(NamedTuple):
-    """The derivative of a region that brings its own.
-
-    Attributes:
-      tangent: As in `x64_region`.
-      num_consts: How many operands stand in front of the arguments. They have none.
-      in_tree: The structure of the arguments.
-      out_tree: The structure of the results.
-    """
-
-    tangent: Any
-    num_consts: int
-    in_tree: Any
-    out_tree: Any
-
-    def jvp(
-        self, primals: Sequence[Any], tangents: Sequence[Any], jaxpr: jex.ClosedJaxpr
-    ) -> tuple[list[Any], list[Any]]:
-        """The results, and their tangents; None for a tangent that is zero."""
-        out = _bind(*primals, jaxpr=jaxpr, rule=self)
-        dots = self.tangent(
-            *jax.tree.unflatten(self.in_tree, primals[self.num_consts :]),
-            jax.tree.unflatten(self.out_tree, out),
-            jax.tree.unflatten(self.in_tree, tangents[self.num_consts :]),
-        )
-        return out, self.out_tree.flatten_up_to(dots)
-
-    @property
-    def transposes(self) -> bool:
-        """Whether the tangent has a method that does."""
-        return hasattr(self.tangent, "transpose")
-
-    def transpose(
-        self, operands: Sequence[Any], cotangents: Sequence[Any]
-    ) -> list[Any]:
-        """Cotangents of the operands that are None."""
-        args = jax.tree.unflatten(self.in_tree, operands[self.num_consts :])
-        cts = jax.tree.unflatten(self.out_tree, cotangents)
-        return jax.tree.leaves(self.tangent.transpose(*args, cts))
-
-    @property
-    def look(self) -> Callable[[Sequence[Array]], None] | None:
-        """Looks at the results, if the tangent has a method that does."""
-        look = getattr(self.tangent, "look", None)
-        if look is None:
-            return None
-        return lambda out: look(jax.tree.unflatten(self.out_tree, out))
-
-
-class _BatchedRule(NamedTuple):
-    """The derivative of a batch of such regions: the batch of the derivatives."""
-
-    rule: "_Rule | _BatchedRule"
-    jaxpr: jex.ClosedJaxpr
-    dims: tuple[int | None, ...]
-    axis: tuple[Any, Any, Any]
-
-    def jvp(
-        self, primals: Sequence[Any], tangents: Sequence[Any], jaxpr: jex.ClosedJaxpr
-    ) -> tuple[list[Any], list[Any]]:
-        """The results, and their tangents; None for a tangent that is zero."""
-        del jaxpr  # that of all lanes
-        size, name, spmd_name = self.axis
-        dots = [
-            None if t is None else d for t, d in zip(tangents, self.dims, strict=True)
-        ]
-        with jax.enable_x64():  # (and no more: this binds regions, it is in none)
-            return jax.vmap(
-                lambda p, t: self.rule.jvp(p, t, self.jaxpr),
-                in_axes=(list(self.dims), dots),
-                axis_size=size,
-                axis_name=name,
-                spmd_axis_name=spmd_name,
-            )(list(primals), list(tangents))
-
-    @property
-    def transposes(self) -> bool:
-        """Whether the tangent has a method that does."""
-        return self.rule.transposes
-
-    def transpose(
-        self, operands: Sequence[Any], cotangents: Sequence[Any]
-    ) -> list[Any]:
-        """Cotangents of the operands that are None."""
-        size, name, spmd_name = self.axis
-        dims = [
-            None if x is None else d for x, d in zip(operands, self.dims, strict=True)
-        ]
-        with jax.enable_x64():
-            of_lanes = jax.vmap(
-                self.rule.transpose,
-                in_axes=(dims, 0),
-                axis_size=size,
-                axis_name=name,
-                spmd_axis_name=spmd_name,
-            )(list(operands), list(cotangents))
-            linear = [d for x, d in zip(operands, self.dims, strict=True) if x is None]
-            return [
-                jnp.sum(ct, axis=0) if d is None else jnp.moveaxis(ct, 0, d)
-                for ct, d in zip(of_lanes, linear, strict=True)
-            ]
-
-    @property
-    def look(self) -> Callable[[Sequence[Array]], None] | None:
-        """Looks at the results of all lanes."""
-        return self.rule.look
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -202,7 +95,7 @@ region_p.multiple_results = True
 # shared between regions of the same structure: the jaxpr is a new object at each call.
 @region_p.def_impl
 def _impl(
-    *args: Any, jaxpr: jex.ClosedJaxpr, rule: _Rule | _BatchedRule | None
+    *args: Any, jaxpr: jex.ClosedJaxpr, rule: Rule | BatchedRule | None
 ) -> list[Array]:
     look = None if rule is None else rule.look
     if look is None or not alarms():
@@ -291,14 +184,15 @@ def _jvp(
     tangents: Sequence[Any],
     *,
     jaxpr: jex.ClosedJaxpr,
-    rule: _Rule | _BatchedRule | None,
+    rule: Rule | BatchedRule | None,
 ) -> tuple[list[Any], list[Any]]:
     primals = as_arrays(primals, jaxpr.in_avals)
     # (A tangent may be a Python number.)
     tangents = [t if _is_zero(t) else as_arrays([t])[0] for t in tangents]
     if rule is not None:
         dots = [None if _is_zero(t) else t for t in tangents]
-        out, dots = rule.jvp(primals, dots, jaxpr)
+        out = _bind(*primals, jaxpr=jaxpr, rule=rule)
+        dots = rule.jvp(primals, out, dots)
         return out, [
             ad.Zero(jax.typeof(o).to_tangent_aval()) if d is None else d
             for o, d in zip(out, dots, strict=True)
@@ -381,7 +275,7 @@ def _batch(
     dims: Sequence[Any],
     *,
     jaxpr: jex.ClosedJaxpr,
-    rule: _Rule | _BatchedRule | None,
+    rule: Rule | BatchedRule | None,
 ) -> tuple[list[Any], list[Any]]:
     if all(d is None for d in dims):  # as in the primal part of `jacfwd`
         out = _bind(*args, jaxpr=jaxpr, rule=rule)
@@ -404,7 +298,7 @@ def _batch(
     closed = restage(batched, [jax.typeof(x) for x in args])
     if rule is not None:
         axis = (axis_data.size, axis_data.name, axis_data.spmd_name)
-        rule = _BatchedRule(rule, jaxpr, tuple(dims), axis)
+        rule = BatchedRule(rule, tuple(dims), axis)
     out = _bind(*args, jaxpr=closed, rule=rule)
     return out, [0] * len(out)
 
