@@ -1,7 +1,7 @@
 """The optimistix minimiser around an optax transformation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -17,8 +17,13 @@ from .._validation import check_callable, check_optimizer, check_tolerance
 from .convergence import all_finite, meets_tolerance
 from .linesearch import count_trials, ends_with_linesearch, stored, without_trials
 from .optimizers import as_optax_expects, as_pytree
-from .state import Evaluated, Evaluations, History, MinimiserState, Movement
-from .stationarity import KnowsItsEnd, default_stands_still, is_default
+from .state import Evaluated, Evaluations, History, MinimiserState, Move, Movement
+from .stationarity import (
+    KnowsItsEnds,
+    default_stands_still,
+    evaluates_start,
+    is_default,
+)
 
 # A MinimiserState. OptaxMinimiser names a private class in the types of its methods.
 State: TypeAlias = Any
@@ -58,6 +63,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
     gtol: Tolerance
     _moves_as_searched: bool = eqx.field(static=True)
     _is_default: bool = eqx.field(static=True)
+    _evaluates_start: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -101,6 +107,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         self.gtol = gtol
         self._moves_as_searched = ends_with_linesearch(optim)
         self._is_default = is_default(optim)
+        self._evaluates_start = not verbose and evaluates_start(optim)
 
     def init(
         self,
@@ -176,7 +183,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
     ) -> tuple[Y, State, Aux]:
         """Evaluates at `y`, tests, and moves unless there is a reason not to."""
         del tags
-        loss, aux, grad, fresh = self._evaluate(fn, y, args, state)
+        loss, aux, grad, fresh, is_known = self._evaluate(fn, y, args, state)
         self.verbose(
             num_steps=("Step", state.step),
             loss_this_step=("Loss on this step", loss),
@@ -188,35 +195,35 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         converged = state.converged
         if self._tests:
             tolerances = (self.rtol, self.atol, self.gtol)
-            converged = converged | meets_tolerance(
-                tolerances, self.norm, y, state, loss, grad
-            )
+            met = meets_tolerance(tolerances, self.norm, y, state, loss, grad)
+            converged = converged | (is_known & met)
         ended = converged | state.stalled | state.interrupted
         if options.get("limit") is not None:
-            ended = ended | (state.step >= options["limit"])
+            ended = ended | (is_known & (state.step >= options["limit"]))
         is_last = ended
         if options.get("stop_if_nonfinite"):
             is_last = ended | ~all_finite(y)
 
-        def move() -> _Move:
+        def move() -> Move:
             stop = options.get("stop_if_stalled", False)
             return self._move(fn, y, args, state, ~ended, loss, grad, stop)
 
-        def stay() -> _Move:
+        def stay() -> Move:
             zeros = jax.tree.map(jnp.zeros_like, grad)
             none = Evaluations(jnp.array(0), jnp.array(0))
-            return _Move(y, zeros, state.opt_state, jnp.array(False), none)
+            return Move(y, zeros, state.opt_state, jnp.array(False), none)
 
         if self._tests or options.get("limit") is not None:
             # (Two computations of their own. In a batch both are run, see `_move`.)
             to = cond(ended, stay, move)
         else:
             to = move()
+        stalled, moves = is_known & to.stalled, is_known & ~ended
 
         history, movement = state.history, None
         if history is not None and history.loss.size:
             row = History(loss, optx.max_norm(grad), optx.max_norm(to.update))
-            index = jnp.where(ended, history.loss.size, state.step)
+            index = jnp.where(moves, state.step, history.loss.size)
             write = lambda h, x: h.at[index].set(x, mode="drop")  # noqa: E731
             history = jax.tree.map(write, history, row)
         if state.movement is not None:
@@ -224,18 +231,18 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
             new = Movement(to.update, loss, grad)
             movement = select(ended, state.movement, new)
         new_state = MinimiserState(
-            step=jnp.where(ended, state.step, state.step + 1),
+            step=jnp.where(moves, state.step + 1, state.step),
             loss=loss,
             grad=grad,
             aux=aux,
             movement=movement,
             opt_state=to.opt_state,
             converged=converged,
-            stalled=state.stalled | to.stalled,
+            stalled=state.stalled | stalled,
             interrupted=state.interrupted,
             # (What has stalled is still where it was evaluated.)
-            ended=is_last | to.stalled,
-            first_loss=jnp.where(state.step == 0, loss, state.first_loss),
+            ended=is_last | stalled,
+            first_loss=jnp.where(is_known & (state.step == 0), loss, state.first_loss),
             last_finite=select(is_finite, here, state.last_finite),
             evaluations=state.evaluations.plus(fresh, to.evaluations),
             history=history,
@@ -283,11 +290,13 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         y: Y,
         args: PyTree,
         state: MinimiserState[Y, Aux],
-    ) -> tuple[Scalar, Aux, Y, Int[Array, ""]]:
-        """Loss, aux and gradient at `y`, and how often they were computed for that.
+    ) -> tuple[Scalar, Aux, Y, Int[Array, ""], Bool[Array, ""]]:
+        """Loss, aux and gradient at `y`, how often they were computed, and if at all.
 
-        They are the stored ones if there are any.
+        They are the stored ones if there are any. Of an optimizer that evaluates the
+        start, they are not known in the first turn, which does nothing else.
         """
+        yes = jnp.array(True)
 
         def evaluate(at: Y) -> tuple[Scalar, Aux, Y]:
             (loss, aux), grad = jax.value_and_grad(fn, has_aux=True)(at, args)
@@ -295,7 +304,10 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
 
         found = stored(state.opt_state, y) if state.reuses_linesearch else None
         if found is None:
-            return *evaluate(y), jnp.array(1)
+            return *evaluate(y), jnp.array(1), yes
+        known = cast(Any, (found.value, state.aux, found.grad))
+        if self._evaluates_start:
+            return *known, jnp.array(0), state.evaluations.loss > 0
 
         def compute(carry: Any) -> tuple[Bool[Array, ""], Scalar, Aux, Y]:
             # XLA must not see that no turn of the loop depends on the one before: in a
@@ -306,11 +318,10 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         # A loop of at most one turn, because a batched `cond` evaluates both of its
         # branches in every step, a batched loop only where some lane needs it.
         missing = ~jnp.isfinite(found.value)
-        known = (missing, found.value, state.aux, found.grad)
         evaluated = jax.lax.while_loop(
-            lambda carry: carry[0], compute, cast(Any, known)
+            lambda carry: carry[0], compute, (missing, *known)
         )
-        return *evaluated[1:], missing.astype(int)
+        return *evaluated[1:], missing.astype(int), yes
 
     def _move(
         self,
@@ -322,7 +333,7 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         loss: Scalar,
         grad: Y,
         stop_if_stalled: bool,
-    ) -> "_Move":
+    ) -> Move:
         """A step of the optax transformation.
 
         A batched line search goes on until its last lane is content. A lane that has
@@ -365,11 +376,11 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
         )
         new_y = cast(Y, optax.apply_updates(cast(Any, y), cast(Any, update)))
         stalled = jnp.array(False)
-        if stop_if_stalled and isinstance(self.optim, KnowsItsEnd):
+        if stop_if_stalled and isinstance(self.optim, KnowsItsEnds):
             stalled = self.optim.stands_still(opt_state, update)
         elif stop_if_stalled and self._is_default:
             stalled = default_stands_still(y, loss, grad, update, opt_state)
-        return _Move(new_y, update, opt_state, stalled, evaluations)
+        return Move(new_y, update, opt_state, stalled, evaluations)
 
 
 def _in_dtypes_of(like: PyTree, tree: PyTree) -> Any:
@@ -380,21 +391,3 @@ def _in_dtypes_of(like: PyTree, tree: PyTree) -> Any:
         return x.astype(like.dtype) if is_other else x
 
     return jax.tree.map(cast, tree, like)
-
-
-class _Move(NamedTuple):
-    """Where a step leads, if one is made.
-
-    Attributes:
-      y: The new point.
-      update: The step.
-      opt_state: The new state of the optax transformation.
-      stalled: Whether no later step can move the point.
-      evaluations: What the step has taken.
-    """
-
-    y: PyTree
-    update: PyTree
-    opt_state: PyTree
-    stalled: Bool[Array, ""]
-    evaluations: Evaluations

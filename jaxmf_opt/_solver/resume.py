@@ -12,7 +12,7 @@ from .convergence import all_finite
 from .linesearch import stored
 from .minimiser import LeanOptaxMinimiser
 from .state import Evaluations, History, Movement, SolverState
-from .stationarity import is_default
+from .stationarity import evaluates_start, is_default
 
 
 def start(
@@ -78,7 +78,7 @@ def resume_state(
     again = jnp.array(1)
     known = stored(old.opt_state, state.params) if old.reuses_linesearch else None
     if known is not None:
-        again = jnp.where(jnp.isfinite(known.value), 0, 1)
+        again = jnp.where(jnp.isfinite(known.value) | evaluates_start(optimizer), 0, 1)
     again = jnp.where(old.ended & ~old.stalled, again, 0)
     evaluations = Evaluations(
         *(jnp.where(n > 0, n - again, n) for n in old.evaluations)

@@ -85,6 +85,24 @@ class Movement(NamedTuple):
         return cls(zeros, jnp.array(jnp.inf, dtype), zeros)
 
 
+class Move(NamedTuple):
+    """Where a step leads, if one is made.
+
+    Attributes:
+      y: The new point.
+      update: The step.
+      opt_state: The new state of the optax transformation.
+      stalled: Whether no later step can move the point.
+      evaluations: What the step has taken.
+    """
+
+    y: PyTree
+    update: PyTree
+    opt_state: PyTree
+    stalled: Bool[Array, ""]
+    evaluations: Evaluations
+
+
 class MinimiserState(eqx.Module, Generic[Y, Aux]):
     """The explicit state of a `LeanOptaxMinimiser`. Every leaf is an array.
 

@@ -22,12 +22,25 @@ from .state import SolverState
 
 
 @runtime_checkable
-class KnowsItsEnd(Protocol):
-    """An optimizer that can tell, as that of `robust_lbfgs` can."""
+class KnowsItsEnds(Protocol):
+    """An optimizer that tells how it begins and ends, as that of `robust_lbfgs`.
+
+    Attributes:
+      evaluates_start: Whether an update from a loss of infinity and a gradient of 0
+        evaluates the point, and moves nothing. A program then has the gradient once.
+    """
+
+    @property
+    def evaluates_start(self) -> bool: ...
 
     def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
         """Whether an update that has led to a state will repeat itself for ever."""
         ...
+
+
+def evaluates_start(optimizer: optax.GradientTransformation) -> bool:
+    """Whether an optimizer evaluates the point from which it starts."""
+    return isinstance(optimizer, KnowsItsEnds) and optimizer.evaluates_start
 
 
 # So many steps along the gradient are tried, each 100 times as short as the last one:

@@ -15,6 +15,7 @@ from .resume import with_history_buffer
 from .solution import Solution
 from .spec import SolveSpec, Tolerances
 from .state import SolverState
+from .stationarity import evaluates_start
 
 
 @jax_enable_x64
@@ -47,6 +48,8 @@ def solve_stepwise(
         limits = None if tolerances.off else Tolerances(*map(jnp.asarray, tolerances))
         if start is None:
             steps, is_over, state = 0, False, program.first_state(params)
+            if evaluates_start(spec.optimizer):  # and does no more
+                state, _ = program.step(state, captured, limit, limits)
         else:
             begin = with_history_buffer(start, spec.history)
             steps, is_over = int(begin.minimiser.step), bool(begin.minimiser.ended)

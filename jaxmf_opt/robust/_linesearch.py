@@ -88,6 +88,9 @@ def scale_by_weak_wolfe_linesearch(
     of the bracket. (Lewis and Overton, "Nonsmooth optimization via quasi-Newton
     methods", Math. Program. 141, 2013, who halve the bracket.)
 
+    From a value of infinity nothing is known of the start. It is evaluated then, and no
+    step is taken.
+
     What is not finite is no decrease. Where no step fulfils both conditions, the
     longest that was found to decrease enough is taken, and none if there was none: the
     value never rises by more than rounding. The search also ends where a step is too
@@ -170,6 +173,8 @@ def scale_by_weak_wolfe_linesearch(
         def slope_of(grad: PyTree) -> Float[Array, ""]:
             return jnp.asarray(optax.tree.vdot(updates, grad), dtype)
 
+        # Nothing is known of the start: the one trial is the start itself.
+        is_unknown = jnp.isposinf(value)
         slope = slope_of(grad)
         rounding = ulps * float(jnp.finfo(dtype).eps)
         norm = optax.tree.norm(grad).astype(dtype)
@@ -179,6 +184,9 @@ def scale_by_weak_wolfe_linesearch(
 
         progress = _seen(
             state[0], value, norm, slope, is_tiny(updates), rounding, patience
+        )
+        progress = jax.tree.map(
+            lambda old, new: jnp.where(is_unknown, old, new), state[0], progress
         )
         slack = rounding * progress.largest
         waited = progress.is_waiting | progress.is_exhausted
@@ -195,6 +203,7 @@ def scale_by_weak_wolfe_linesearch(
             finite = jnp.isfinite(new_value) & jnp.isfinite(new_slope)
             moves = _differ(there, params)
             decreases = moves & finite & (new_value <= bound(s.step))
+            decreases |= is_unknown
             grad = jax.tree.map(
                 lambda x, y: jnp.where(decreases, x, y), new_grad, s.low_grad
             )
@@ -213,13 +222,15 @@ def scale_by_weak_wolfe_linesearch(
                 low_grad=grad,
                 high=high,
                 high_value=high_value,
-                done=~moves | (decreases & (new_slope >= curv_rtol * slope)),
+                done=~moves
+                | is_unknown
+                | (decreases & (new_slope >= curv_rtol * slope)),
             )
 
         zero, infinite = jnp.zeros_like(value), jnp.full_like(value, jnp.inf)
         search = _Search(
             trials=jnp.array(0),
-            step=jnp.ones_like(value),
+            step=jnp.where(is_unknown, zero, jnp.ones_like(value)),
             low=zero,
             low_value=value,
             low_slope=slope,
@@ -227,7 +238,7 @@ def scale_by_weak_wolfe_linesearch(
             high=infinite,
             high_value=infinite,
             # (NaN is no descent.)
-            done=~(slope < 0) | ~jnp.isfinite(value) | waited,
+            done=~is_unknown & (~(slope < 0) | ~jnp.isfinite(value) | waited),
         )
         end = jax.lax.while_loop(
             lambda s: ~s.done & (s.trials < max_linesearch_steps), trial, search
@@ -241,7 +252,7 @@ def scale_by_weak_wolfe_linesearch(
             cast(Any, end.low), cast(Any, end.low_value), end.low_grad, info
         )
         taken = optax.tree.scale(end.low, updates)
-        tiny = jnp.where(is_tiny(taken), progress.tiny + 1, 0)
+        tiny = jnp.where(is_tiny(taken) & ~is_unknown, progress.tiny + 1, 0)
         return taken, (progress._replace(tiny=tiny), new_state)
 
     return register_linesearch(

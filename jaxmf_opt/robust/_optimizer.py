@@ -11,6 +11,14 @@ from ._linesearch import SearchProgress, scale_by_weak_wolfe_linesearch
 class RobustOptimizer(optax.GradientTransformationExtraArgs):
     """The optax transformation that `robust_lbfgs` returns."""
 
+    @property
+    def evaluates_start(self) -> bool:
+        """True: the line search does from an infinite value, and nothing else changes.
+
+        (Directions are along the gradient until there is a pair.)
+        """
+        return True
+
     def stands_still(self, state: PyTree, update: PyTree) -> Bool[Array, ""]:
         """Whether an update that has led to a state will repeat itself for ever.
 
