@@ -31,7 +31,8 @@ class Solution(optx.Solution[Any, Any]):
     """An `optimistix.Solution`, whose `repr` says how the run went.
 
     Attributes:
-      value: The last point whose loss is finite, in the dtypes of the parameters.
+      value: The last point whose loss is finite, in the dtypes of the parameters; NaN
+        if there is none.
       result: `optimistix.RESULTS`: `successful`, `nonlinear_max_steps_reached`,
         `stagnation` (the line search cannot lower the loss any more, at a gradient that
         is not small), or `nonfinite`.

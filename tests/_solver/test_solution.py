@@ -276,17 +276,17 @@ class TestResult:
         solution = solve(case.loss, case.start, rtol=0.0, **SOLVERS[solver])
         want = case.results[solver]
         assert want is None or solution.result == want, repr(solution)
-        assert np.all(np.isfinite(solution.value))
         with jax.enable_x64():
             loss = case.loss(jnp.asarray(solution.value))
         with np.errstate(divide="ignore"):
             first = case.loss(case.start)
         if np.isfinite(first):
+            assert np.all(np.isfinite(solution.value))
             np.testing.assert_allclose(
                 solution.state.minimiser.last_finite.loss, loss, rtol=1e-9
             )
         else:
-            np.testing.assert_array_equal(solution.value, case.start)
+            assert np.all(np.isnan(solution.value))
             assert np.isnan(solution.stats["loss"])
 
     @pytest.mark.parametrize("name", ["steps out of its domain", "NaN everywhere"])
@@ -325,7 +325,7 @@ class TestResult:
             lane, single = jax.tree.map(lambda x, i=i: x[i], batch), alone(c[i])
             assert lane.result == single.result == status
             np.testing.assert_allclose(lane.value, single.value, rtol=1e-6)
-            assert np.all(np.isfinite(lane.value))
+            assert np.all(np.isfinite(lane.value) == (status == OK))
             assert lane.stats["num_steps"] == single.stats["num_steps"]
             for a, b in zip(
                 lane.stats["history"], single.stats["history"], strict=True
