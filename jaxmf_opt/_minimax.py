@@ -1,6 +1,5 @@
 """The least largest of several losses."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,10 +45,12 @@ class Dual(NamedTuple):
     @classmethod
     def first(cls, losses: Float[Array, " losses"]) -> "Dual":
         """That of the first problem, by the losses at the starting point."""
-        spread = jnp.max(losses) - jnp.min(losses)
-        size = jnp.maximum(jnp.max(jnp.abs(losses)), jnp.finfo(losses.dtype).tiny)
+        spread, size = jnp.max(losses) - jnp.min(losses), jnp.max(jnp.abs(losses))
+        # (Of losses that are all 0, none of these is a scale.)
+        size = jnp.where(size > 0, size, 1.0)
         temperature = _START * jnp.where(spread > 0, spread, size)
-        return cls(jnp.full_like(losses, -math.log(losses.size)), temperature)
+        equal = -jnp.log(jnp.asarray(losses.size, losses.dtype))
+        return cls(jnp.full_like(losses, equal), temperature)
 
     def loss(self, losses: Float[Array, " losses"]) -> Float[Array, ""]:
         """The loss of the problem, a smooth function of the losses."""
@@ -104,8 +105,10 @@ class Minimax(NamedTuple):
       weights: Of the losses, shape (losses,), not negative and of sum 1: the Lagrange
         multipliers, by which the weighted sum of the losses is minimal.
       gap: By how much the largest loss is above that sum. If all losses are convex, no
-        parameters have a largest loss below `loss - gap`. Infinite if the last smooth
-        problem was not solved, because that says nothing.
+        parameters have a largest loss below `loss - gap`, but for what the last smooth
+        problem was solved too coarsely: 1e-6 of the losses, and with an `rtol` above
+        1e-4 up to that part of them. Infinite if that problem was not solved, because
+        that says nothing.
       result: An `optimistix.RESULTS`. `successful`: the gap is as small as asked for,
         and the weighted sum is minimal. `nonlinear_max_steps_reached`, `stagnation`:
         it is not, or could not be said to be. `nonfinite`: losses became non-finite.
@@ -261,7 +264,7 @@ def minimax(
         is_short = (end.result == RESULTS.successful) & ~is_found(end)
         result = RESULTS.where(is_short, at_limit, end.result)
         result = RESULTS.where(jnp.isfinite(end.gap), result, nonfinite)
-        is_solved = end.result != at_limit
+        is_solved = end.result == RESULTS.successful
         return Minimax(
             jax.tree.unflatten(treedef, value),
             end.largest,

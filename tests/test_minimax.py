@@ -189,6 +189,21 @@ def test_what_is_no_success():
         assert unsolved.loss - unsolved.gap <= 1.0 < unsolved.loss
         lost = minimax(lambda y: jnp.stack([jnp.log(y), -y]), -1.0)
         assert lost.result == R.nonfinite
+        # Nor do they if the solver could not go on. Here there is no minimum.
+        stuck = minimax(lambda y: jnp.stack([y, 2 * y]), 1.0)
+        assert stuck.result != R.successful
+        assert stuck.gap == np.inf
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e12])
+def test_losses_that_are_all_0_at_the_start(unit: float):
+    with jax.enable_x64():
+        two = lambda y: unit * jnp.stack([(y - 1) ** 2 - 1, (y - 1) ** 2 - 1 + y])  # noqa: E731
+        end = minimax(two, 0.0)
+        assert end.result == R.successful
+        np.testing.assert_allclose(end.loss, -0.25 * unit, rtol=1e-7)
+        still = minimax(lambda y: unit * jnp.stack([y, -y]), 0.0)
+        np.testing.assert_array_equal([still.value, still.loss, still.gap], 0.0)
 
 
 def test_it_has_no_derivative():
