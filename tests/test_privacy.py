@@ -4,8 +4,10 @@ import logging
 from typing import Any
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting import pld
+from scipy.special import log_ndtr
 
 from jaxmf_opt.privacy import Budget
 
@@ -53,7 +55,8 @@ def test_of_an_example_of_the_literature():
         ({"examples": 0}, "`examples` must be a whole number above 0, got 0."),
         ({"batch_size": 1001}, "`batch_size` must be at most `examples`, 1000"),
         ({"epsilon": 0.0}, "`epsilon` must be a number above 0"),
-        ({"epsilon": float("inf")}, "`epsilon` must be finite"),
+        ({"epsilon": float("inf")}, "`epsilon` must be between 1e-05 and 100000"),
+        ({"epsilon": 1e-6}, "`epsilon` must be between .* got 1e-06"),
         ({"delta": 1.0}, "`delta` must be below 1"),
     ],
 )
@@ -67,10 +70,27 @@ def test_more_bands_than_sampling_allows():
         Budget(**SMALL).noise_multiplier(11)
 
 
-def test_a_budget_so_large_that_there_is_no_noise():
-    budget = Budget(**{**SMALL, "epsilon": 1e6})
-    with pytest.raises(ValueError, match="no noise multiplier of at least"):
+@pytest.mark.parametrize("epsilon", [1e-5, 1e5])
+@pytest.mark.parametrize("delta", [1e-100, 1e-4])
+def test_budgets_of_all_sizes(epsilon: float, delta: float):
+    """By the formula of Balle and Wang, https://arxiv.org/abs/1805.06530."""
+    budget = Budget(**{**SMALL, "epsilon": epsilon, "delta": delta})
+    sigma = budget.noise_multiplier()
+    half, shift = 1 / (2 * sigma), epsilon * sigma
+    above, below = log_ndtr(half - shift), epsilon + log_ndtr(-half - shift)
+    of_sigma = above + np.log1p(-np.exp(below - above))
+    np.testing.assert_allclose(of_sigma - np.log(delta), 0.0, atol=3e-6)
+    message = "`epsilon` is too large, or below" if epsilon > 1 else "at least 0.01"
+    with pytest.raises(ValueError, match=message):
         budget.noise_multiplier(1)
+
+
+@pytest.mark.parametrize(("epsilon", "rtol"), [(0.01, 1e-3), (0.1, 2e-5)])
+def test_where_every_batch_is_certain_nothing_is_amplified(epsilon: float, rtol: float):
+    budget = Budget(**{**SMALL, "epsilon": epsilon})
+    one = dp_accounting.get_sigma_gaussian(epsilon, budget.delta)
+    want = budget.epochs**0.5 * one
+    np.testing.assert_allclose(budget.noise_multiplier(10), want, rtol=rtol)
 
 
 def test_a_delta_that_protects_nobody():
