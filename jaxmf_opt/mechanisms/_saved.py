@@ -177,9 +177,11 @@ def load(path: str | os.PathLike[str]) -> SavedMechanism:
             if key.startswith(prefix)
         }
 
-    budget = part("budget")
+    budget, family, set_up = part("budget"), str(arrays["family"]), part("mechanism")
+    if family == "Dense" and set_up["n"] < len(arrays["params"]):
+        set_up["n"] = np.asarray(set_up["n"])  # as it was: a number is their shape
     return SavedMechanism(
-        _FAMILIES[str(arrays["family"])](**part("mechanism")),
+        _FAMILIES[family](**set_up),
         arrays["params"],
         Budget(**budget) if budget else None,
         bool(arrays.get("amplified", False)),

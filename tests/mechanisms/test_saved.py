@@ -106,6 +106,13 @@ def test_there_is_no_noise_after_the_last_step(m: Any):
     assert np.isfinite(got[:15]).all() and np.isnan(got[15]).any()
 
 
+def test_of_fewer_steps_than_there_might_be(tmp_path: Path):
+    m = Dense(np.array(5), workload_matrix=np.tri(7), bands=3)
+    save(tmp_path / "m.npz", m, m.initial_params())
+    got = load(tmp_path / "m.npz").streaming_matrix().materialize(5)
+    assert_allclose(got, m.streaming_matrix(m.initial_params()).materialize(5))
+
+
 def test_there_is_none_after_the_last_of_fewer_steps_than_there_might_be():
     """Noise that is 0 would be taken for noise."""
     n, coef = jnp.array(6), np.ones(12)
