@@ -7,7 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
@@ -87,6 +93,7 @@ class BatchProgram:
         structs += [struct(x) for x in leaves[num_mapped:]]
         with inside_region():
             closed, consts = hoist(jax.make_jaxpr(flat)(*structs))
+            _check_consts(consts, mesh)
             self._consts = [_place(const, mesh) for const in consts]
             self._out_tree = out_tree
             self.asks_python = has_callbacks(closed.jaxpr, debug=False)
@@ -143,6 +150,21 @@ def _place(const: Array, mesh: Mesh) -> Array:
     if mesh.size == 1 and const.sharding.device_set == set(mesh_around().devices.flat):
         return const
     return jax.device_put(const, _sharding(mesh, P()))
+
+
+def _check_consts(consts: list[Array], mesh: Mesh) -> None:
+    """Refuses arrays whose types name another mesh, as those of loops over them do."""
+    if not mesh_around().empty:
+        return
+    for const in consts:
+        of_const = jax.typeof(const).sharding.mesh
+        is_split = mesh.size > 1 or AxisType.Explicit in of_const.axis_types
+        if not of_const.empty and is_split:
+            raise ValueError(
+                "sweep: `loss_fn` or an option closes over an array that is on a mesh, "
+                f"{jax.typeof(const)} on {of_const.shape}. Make it a NumPy array, or "
+                "call `sweep` inside `jax.set_mesh` of that mesh."
+            )
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)

@@ -17,7 +17,7 @@ import optimistix as optx
 import pytest
 from bits import arrays_of, assert_same_bits
 from compiling import compilations
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from processes import report_of
 
 from jaxmf_opt import (
@@ -564,12 +564,26 @@ def no_communication() -> None:
     assert [bool(re.search(pattern, text)) for text in texts] == [False, False, True]
 
 
+def data_on_a_mesh() -> None:
+    """Whose type says so, as do those of loops over it."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        data = jax.device_put(START, NamedSharding(mesh, jax.P()))
+        of_data = lambda x, h, z=data: loss(x + z.astype(x.dtype), h)  # noqa: E731
+        with pytest.raises(ValueError, match=r"on a mesh, .* Make it a NumPy array"):
+            sweep(of_data, START, FEW, mesh=mesh, **CHEAP)
+    with jax.set_mesh(mesh):
+        got = sweep(of_data, START, FEW, **CHEAP)
+    assert_close(got, sweep(loss, START, FEW, **CHEAP))
+
+
 def on_devices() -> None:
     as_on_one_device(mesh_of(1, 3), batch_size=4, **SEARCHING)
     stops = lambda info: info.step == info.lane.index[0]  # noqa: E731
     as_on_one_device(mesh_of(2, 0, 1), optimizer=SGD, callback=stops)
     random_keys_and_starts()
     no_communication()
+    data_on_a_mesh()
     with pytest.raises(ValueError, match="`mesh` must have a number of devices that"):
         as_on_one_device(mesh_of(0, 1, 2, 3))
     with pytest.raises(ValueError, match="`batch_size` must be a positive multiple of"):
