@@ -17,6 +17,7 @@ import pytest
 from jax import lax
 
 import jaxmf_opt
+from jaxmf_opt import ROBUST_OPTIMIZER, solve
 
 # Programs of it are small.
 optimize = functools.partial(jaxmf_opt.optimize, optimizer=optax.sgd(0.08))
@@ -133,6 +134,18 @@ def read_elsewhere(directory: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", WANTED)
 def test_exported_program_in_a_fresh_process(name: str, outputs: dict[str, np.ndarray]):
     close(outputs[name], WANTED[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": ROBUST_OPTIMIZER}])
+def test_a_number_of_parameters_that_is_symbolic(options: dict[str, Any]):
+    def minimum(c: jax.Array) -> jax.Array:
+        loss = lambda y, c: jnp.sum(jnp.cosh(y - jnp.sin(c).astype(y.dtype)))  # noqa: E731
+        return solve(loss, jnp.zeros_like(c), c, **options).value
+
+    struct = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), np.float32)
+    program = jax.export.export(jax.jit(minimum))(struct)
+    for n in (1, 5):
+        close(program.call(np.arange(n, dtype=np.float32)), np.sin(np.arange(n)))
 
 
 def test_export_for_several_platforms():

@@ -74,8 +74,9 @@ def _is_close(
     distance = jnp.sqrt(squared_grad) / curvature
     size = jnp.sqrt(_squared_norm(y))
     eps = float(jnp.finfo(size.dtype).eps)
-    elements = sum(x.size for x in jax.tree.leaves(y))
-    allowed = jnp.maximum(rtol, eps**0.5) * size + atol * elements**0.5
+    # (An array, because a number may be symbolic in `jax.export`.)
+    elements = jnp.asarray(sum(x.size for x in jax.tree.leaves(y)), size.dtype)
+    allowed = jnp.maximum(rtol, eps**0.5) * size + atol * jnp.sqrt(elements)
     # The change of a gradient must be more than its rounding.
     is_curved = (curvature > 0) & (squared_change > eps * squared_grad)
     return (is_curved & (distance <= allowed)) | (squared_grad == 0)
