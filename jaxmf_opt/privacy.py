@@ -126,12 +126,7 @@ class Budget:
                 "in an epoch: the data set is divided into so many parts, each of a "
                 f"batch at least. Got {bands}."
             )
-        if self.epsilon < _LEAST_SAMPLED_EPSILON:
-            raise ValueError(
-                f"`epsilon` must be at least {_LEAST_SAMPLED_EPSILON} where batches "
-                "are sampled: below, dp-accounting finds noise that is several percent "
-                f"too large, or none. Got {self.epsilon}."
-            )
+        check_sampled(self)
         probability = self.batch_size / (self.examples // bands)
         rounds = -(-self.steps // bands)
 
@@ -142,6 +137,16 @@ class Budget:
 
         with _quiet():
             return _calibrated(accounting, event, self.epsilon, self.delta)
+
+
+def check_sampled(budget: Budget) -> None:
+    """Refuses a budget that is too small where batches are sampled."""
+    if budget.epsilon < _LEAST_SAMPLED_EPSILON:
+        raise ValueError(
+            f"`epsilon` must be at least {_LEAST_SAMPLED_EPSILON} where batches are "
+            "sampled: below, dp-accounting finds noise that is several percent too "
+            f"large, or none. Got {budget.epsilon}."
+        )
 
 
 def _calibrated(
@@ -169,9 +174,9 @@ def _calibrated(
                     accounting.pld.PLDAccountant, low, above * 1.001, 1e-5 * low
                 )
     raise ValueError(
-        "dp-accounting finds no noise multiplier above 0.02 for batches that are "
-        f"sampled, `epsilon` {epsilon:g} and `delta` {delta:g}. `epsilon` is too "
-        f"large, or below about log(1 / delta) / 1000 = {-math.log(delta) / 1e3:.2g}."
+        "`epsilon` must be one for which dp-accounting finds a noise multiplier above "
+        "0.02 where batches are sampled: neither too large, nor below about "
+        f"log(1 / delta) / 1000 = {-math.log(delta) / 1e3:.2g}; got {epsilon:g}."
     )
 
 

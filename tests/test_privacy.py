@@ -80,7 +80,7 @@ def test_budgets_of_all_sizes(epsilon: float, delta: float):
     above, below = log_ndtr(half - shift), epsilon + log_ndtr(-half - shift)
     of_sigma = above + np.log1p(-np.exp(below - above))
     np.testing.assert_allclose(of_sigma - np.log(delta), 0.0, atol=3e-6)
-    message = "`epsilon` is too large, or below" if epsilon > 1 else "at least 0.01"
+    message = "neither too large, nor below" if epsilon > 1 else "at least 0.01"
     with pytest.raises(ValueError, match=message):
         budget.noise_multiplier(1)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .._files import read_npz, write_npz
 from ..mechanisms._saved import write
-from ..privacy import Budget
+from ..privacy import Budget, check_sampled
 from .families import FAMILIES
 from .job import found
 
@@ -98,8 +98,9 @@ def of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget | No
         values = {name: getattr(args, name) for name in _GIVEN}
         budget = Budget(epochs=args.epochs[0], **values)
         budget.noise_multiplier()
+        check_sampled(budget)
     except (ValueError, ModuleNotFoundError) as e:
-        parser.error(re.sub("^`(.*?)`", _as_option, str(e)))
+        parser.error(as_option(str(e)))
     most = budget.steps_per_epoch
     args.steps = [budget.steps]
     args.momentum = args.momentum or [0.0]
@@ -124,9 +125,13 @@ def of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Budget | No
     return budget
 
 
-def _as_option(argument: re.Match[str]) -> str:
-    """How the command line calls an argument of `Budget`."""
-    return f"argument --{argument[1].replace('_', '-')}:"
+def as_option(message: str) -> str:
+    """What `Budget` says of an argument, as the command line calls it."""
+
+    def option(argument: re.Match[str]) -> str:
+        return f"argument --{argument[1].replace('_', '-')}:"
+
+    return re.sub("^`(.*?)`", option, message)
 
 
 class Calibration:

@@ -108,9 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             parser.exit(130, f"\n{parser.prog}: the same command goes on from here\n")
         except (ValueError, OSError) as e:
-            if "`checkpoint_dir`" not in str(e):
+            if "`checkpoint_dir`" in str(e):
+                parser.error(f"argument --out: {e}")
+            if not str(e).startswith("`epsilon`"):
                 raise
-            parser.error(f"argument --out: {e}")
+            parser.error(budget.as_option(str(e)))
         calibrated.unlink(missing_ok=True)
         _remove(unfinished)
 

@@ -196,6 +196,7 @@ BAD: dict[str, Any] = {
     ARGV + " --steps 9": "--steps: it follows from --examples",
     ARGV + " --momentum 0 0.9": "--momentum: one for a privacy budget",
     ARGV + " --epsilon 0": "--epsilon: must be a number above 0",
+    ARGV + " --epsilon 0.001": "--epsilon: must be at least 0.01 where batches are",
     ARGV + " --batch-size 401": "--batch-size: must be at most `examples`, 400",
     ARGV
     + " --bands 5": "--bands: sampling allows at most 4 bands, the number of steps",
