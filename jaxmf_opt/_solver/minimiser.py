@@ -44,9 +44,10 @@ class LeanOptaxMinimiser(optx.OptaxMinimiser[Y, Aux]):
       searches of the others with a constant function, which ends its own at once.
 
     A step consists of the evaluation at the current point, the test, and the move. A
-    step whose test says stop does not move and is not counted. Where all tolerances
-    are the float 0 there is no test, and outside a batch the compiled step is that of
-    a plain optax loop, to the bit.
+    step whose test says stop does not move and is not counted. Nor is the first one of
+    `ROBUST_OPTIMIZER`, in which its line search evaluates the start. Where all
+    tolerances are the float 0 there is no test, and outside a batch the compiled step
+    is that of a plain optax loop, to the bit.
 
     Example:
       As a solver of optimistix:
