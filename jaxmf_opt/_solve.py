@@ -98,8 +98,8 @@ def solve(
       An `optimistix.Solution`:
 
       * `value`: the last point whose loss is finite (it is the last point, unless the
-        result is `nonfinite`), NaN if there is none, with the structure and dtypes of
-        `params`.
+        result is `nonfinite`), with the structure and dtypes of `params`. NaN if there
+        is none; without a step, `params`.
       * `result`: an `optimistix.RESULTS`. `successful`: a tolerance was met, a callback
         asked to stop, the gradient is exactly zero, or the line search of
         `DEFAULT_OPTIMIZER` can move nothing any more where the gradient is as small as

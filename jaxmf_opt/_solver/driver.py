@@ -236,8 +236,9 @@ def finish(spec: SolveSpec, end: SolverState, limit: Int[Array, ""]) -> Solution
     stats = {k: _count(spec, n) for k, n in counts.items()}
     stats |= jax.tree.map(lambda x: x.astype(spec.float_dtype), floats)
     end = SolverState(end.params, state.with_history(None))
-    # (A starting point that is all that there is would be a number, and wrong.)
-    nowhere = jnp.isnan(last.loss)
+    # (A starting point that is all that there is would be a number, and wrong, if steps
+    # were asked for.)
+    nowhere = jnp.isnan(last.loss) & (limit > 0)
     value = jax.tree.map(lambda x: jnp.where(nowhere, jnp.nan, x), last.params)
     return Solution(value, result, None, stats, end, last.loss)
 
